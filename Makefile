@@ -1,0 +1,45 @@
+# Everything here sets itself up: `make demo` and `make test` need nothing but Python 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TYPED := build/typed
+
+.PHONY: demo test test-real lint format bench-cpu parity clean
+
+demo: $(READY)
+	$(BIN)/cflow-fast demo --output demo-output
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# Trains on MVTec AD's bottle. CFLOW_FAST_DATA: a folder with mvtec/bottle; CFLOW_FAST_WEIGHTS: one with encoder weights.
+test-real: $(READY)
+	$(BIN)/python -m pytest -m real -rs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED)/cflow_fast
+	ln -s $(CURDIR)/cflow_fast/* $(TYPED)/cflow_fast
+	ln -s $(CURDIR)/kernels $(CURDIR)/bench $(TYPED)/cflow_fast
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p cflow_fast
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: $(READY)
+	$(BIN)/python -m pytest bench -p no:cacheprovider --benchmark-only -s
+
+parity: $(READY)
+	$(BIN)/cflow-fast parity
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,demo,lint]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-output
