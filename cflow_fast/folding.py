@@ -1,0 +1,215 @@
+"""From a trainable decoder to folded weights: every exact simplification, done once in float64.
+
+1. The subnet's factor 0.1 (and 1/alpha where the clamp is tanh(s/alpha)) goes into its second layer.
+2. sum ln sigma over all blocks becomes one number.
+3. Scale sigma and offset o go into what follows them: a soft permutation's matrix, or, with hard permutations, the
+   next product and epilogue that read the feature, so that no permutation, scaling or offset is ever carried out.
+4. w_perm's inverse is its transpose and is not stored; a hard permutation is an index and not a matrix.
+5. A soft permutation is stored by its cosine-sine decomposition: a quarter less work and storage.
+The positional encoding is folded per size of the feature map, when the first map of that size arrives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cflow_fast.decoder import CLAMPS, CouplingBlock, FlowDecoder, global_affine
+from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
+
+ROTATION_RESIDUAL = 1e-9
+"""How far the decomposition may be from the permutation it stands for; float32 itself is no closer than 3e-8."""
+
+BF16_ROTATION_FEATURES = 1024
+"""In bf16 a rotation rounds once more than a matrix and its elementwise part costs more than the product that it saves.
+Half of the permutations of wide decoders are stored so all the same, for what it saves in memory."""
+
+
+def fold_weights(decoder: FlowDecoder, storage: torch.dtype) -> FlowWeights:
+    """Fold a decoder; matrices are stored in `storage`, vectors in float32 (float64 for float64).
+
+    The arithmetic runs on the CPU whatever the decoder's device, so that a fold is the same everywhere.
+    """
+    blocks = [_Block(block) for block in decoder.blocks]  # type: ignore[arg-type]
+    mixing = _soft_mixing(blocks, _matrices(decoder, storage)) if decoder.permute_soft else _hard_mixing(blocks)
+    folded = FlowWeights(
+        activation=decoder.activation,
+        clamp=decoder.affine_clamping,
+        log_scale=float(sum(block.sigma.log().sum() for block in blocks)),
+        w1=torch.stack([block.w1 for block in blocks]),
+        w1_condition=torch.stack([block.w1_condition for block in blocks]) if decoder.condition else None,
+        b1=torch.stack([block.b1 for block in blocks]),
+        w2=torch.stack([block.w2 for block in blocks]),
+        b2=torch.stack([block.b2 for block in blocks]),
+        mixing=mixing,
+    )
+    return cast_weights(folded, storage, decoder.device)
+
+
+MATRICES = frozenset({"w1", "w1_condition", "w2", "matrix", "passive", "active", "output", "passive_output"})
+
+
+def cast_weights(weights: FlowWeights, storage: torch.dtype, device: torch.device) -> FlowWeights:
+    """Matrices to the storage precision, vectors to float32 or float64, indices to int32, all to the device."""
+    vectors = torch.float64 if storage == torch.float64 else torch.float32
+
+    def cast(name: str, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return value.to(device, torch.int32)
+        return value.to(device, storage if name in MATRICES else vectors).contiguous()
+
+    mixing = type(weights.mixing)(**{name: cast(name, value) for name, value in vars(weights.mixing).items()})  # type: ignore[arg-type]
+    own = {name: cast(name, value) for name, value in vars(weights).items() if name != "mixing"}
+    return FlowWeights(**own, mixing=mixing)  # type: ignore[arg-type]
+
+
+class _Block:
+    """One coupling block's numbers in float64, its first layer split by input; `w1` and `b1` are folded further."""
+
+    def __init__(self, block: CouplingBlock) -> None:
+        first, second = block.subnet[0], block.subnet[2]
+        w1, self.b1, w2, b2 = (_numbers(p) for p in (first.weight, first.bias, second.weight, second.bias))  # type: ignore[union-attr,operator]
+        self.passive = block.passive
+        self.w1, self.w1_condition = w1[:, : self.passive], w1[:, self.passive :]
+        factor = w2.new_full((2 * block.active, 1), 0.1)
+        if block.clamp == CLAMPS[1]:
+            factor[: block.active] /= block.affine_clamping
+        self.w2, self.b2 = w2 * factor, b2 * factor.squeeze(1)
+        self.sigma = global_affine(block.global_affine_type, _numbers(block.global_scale))
+        self.offset = _numbers(block.global_offset)
+        self.permutation = None if block.permute_soft else block.permutation.cpu()
+        self.rotation = _numbers(block.rotation) if block.permute_soft else None
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _hard_mixing(blocks: list[_Block]) -> HardMixing:
+    """Follow every feature through the permutations; its scale and offset stay pending until somebody reads it."""
+    first = blocks[0]
+    h, features = first.passive, len(first.sigma)
+    order = torch.arange(features)
+    gain, shift = torch.ones_like(first.sigma), torch.zeros_like(first.sigma)
+    passive, active, gains, shifts = [], [], [], []
+    for block in blocks:
+        i1, i2 = order[:h], order[h:]
+        block.b1 = block.b1 + block.w1 @ shift[i1]
+        block.w1 = block.w1 * gain[i1]
+        passive.append(i1)
+        active.append(i2)
+        gains.append(gain[i2])
+        shifts.append(shift[i2])
+        gain, shift = gain.clone(), shift.clone()
+        gain[i1], shift[i1] = block.sigma[:h] * gain[i1], block.sigma[:h] * shift[i1] + block.offset[:h]
+        gain[i2], shift[i2] = block.sigma[h:], block.offset[h:]
+        assert block.permutation is not None
+        order = order[block.permutation]
+    return HardMixing(
+        torch.stack(passive), torch.stack(active), torch.stack(gains), torch.stack(shifts), gain, shift, order
+    )
+
+
+def _matrices(decoder: FlowDecoder, storage: torch.dtype) -> int:
+    """How many of the first blocks keep their permutation as a matrix."""
+    if storage != torch.bfloat16:
+        return 0
+    blocks = decoder.coupling_blocks
+    return blocks - blocks // 2 if decoder.features >= BF16_ROTATION_FEATURES else blocks
+
+
+def _soft_mixing(blocks: list[_Block], matrices: int) -> SoftMixing:
+    rotations = _rotations(blocks[matrices:])
+    if rotations is None:
+        rotations, matrices = [], len(blocks)
+    first, h = blocks[:matrices], blocks[0].passive
+    features = len(blocks[0].sigma)
+    basis = torch.eye(h, dtype=torch.float64)
+    passive, active = [], []
+    for block, rotation in zip(blocks[matrices:], rotations, strict=True):
+        block.w1 = block.w1 @ basis
+        passive.append((rotation.v1 * block.sigma[:h]) @ basis)
+        active.append(rotation.v2 * block.sigma[h:])
+        basis = rotation.u1
+
+    def stack(tensors: list[Tensor], *shape: int) -> Tensor:
+        return torch.stack(tensors) if tensors else torch.empty(0, *shape, dtype=torch.float64)
+
+    d = features - h
+    pairs = list(zip(blocks[matrices:], rotations, strict=True))
+    return SoftMixing(
+        matrix=stack([_soft(block) * block.sigma for block in first], features, features),
+        offset=stack([_soft(block) @ block.offset for block in first], features),
+        passive=stack(passive, h, h),
+        passive_offset=stack([rotation.v1 @ block.offset[:h] for block, rotation in pairs], h),
+        active=stack(active, d, d),
+        active_offset=stack([rotation.v2 @ block.offset[h:] for block, rotation in pairs], d),
+        output=stack([rotation.u2 for rotation in rotations], d, d),
+        cosine=stack([rotation.cosine for rotation in rotations], d),
+        sine=stack([rotation.sine for rotation in rotations], d),
+        passive_output=stack([basis] if rotations else [], h, h),
+    )
+
+
+def _soft(block: _Block) -> Tensor:
+    assert block.rotation is not None
+    return block.rotation
+
+
+class _CosineSine:
+    """P = [U1 0; 0 U2] [C -S; S C] [V1 0; 0 V2], with h rows in the first half and d = h or h - 1 in the second."""
+
+    def __init__(self, matrix: Tensor, h: int) -> None:
+        d = len(matrix) - h
+        p = _orthogonalised(matrix)
+        squared, vectors = _eigh(p[:h, :h].T @ p[:h, :h])
+        self.cosine = squared.clamp(0, 1).sqrt()[:d]  # ascending: with h = d + 1 the last one is 1 and has no sine
+        self.v1 = vectors.T
+        upper, lower = p[:h, :h] @ vectors, p[h:, :h] @ vectors[:, :d]
+        self.sine = lower.norm(dim=0)
+        self.u1 = upper / upper.norm(dim=0)
+        self.u2 = lower / self.sine
+        self.v2 = self.cosine.unsqueeze(1) * (self.u2.T @ p[h:, h:]) - self.sine.unsqueeze(1) * (
+            self.u1[:, :d].T @ p[:h, h:]
+        )
+        self.residual = float((self.product() - p).abs().max().nan_to_num(torch.inf))
+
+    def product(self) -> Tensor:
+        h, d = len(self.u1), len(self.u2)
+        c = torch.cat([self.cosine, self.cosine.new_ones(h - d)])
+        s = torch.zeros(h, d, dtype=c.dtype)
+        s[:d] = torch.diag(self.sine)
+        upper = self.u1 @ torch.cat([c.unsqueeze(1) * self.v1, -s @ self.v2], 1)
+        lower = self.u2 @ torch.cat([s.T @ self.v1, self.cosine.unsqueeze(1) * self.v2], 1)
+        return torch.cat([upper, lower])
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """On one thread: the solver's threads gain nothing and, where other work shares the cores, wait for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    finally:
+        torch.set_num_threads(threads)
+    return values, vectors
+
+
+def _orthogonalised(matrix: Tensor) -> Tensor:
+    """The nearest orthogonal matrix to one that was rounded to float32, by two Newton-Schulz steps."""
+    for _ in range(2):
+        matrix = 1.5 * matrix - 0.5 * (matrix @ (matrix.T @ matrix))
+    return matrix
+
+
+def _rotations(blocks: list[_Block]) -> list[_CosineSine] | None:
+    """None where a block's matrix has no well-conditioned decomposition (a half that maps onto itself, say)."""
+    decompositions = []
+    for block in blocks:
+        decomposition = _CosineSine(_soft(block), block.passive)
+        if not decomposition.residual < ROTATION_RESIDUAL:
+            return None
+        decompositions.append(decomposition)
+    return decompositions

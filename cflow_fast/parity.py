@@ -1,0 +1,235 @@
+"""Numerical parity, as a table: what a fast decoder loses against float64, beside what FrEIA loses in that precision.
+
+The yardstick is FrEIA's own rounding error on the same inputs, in log p / D:
+    fp32, tf32   maximum at most 1.5 times FrEIA's in fp32, and under 3e-6 max(1, |log p / D|)
+    bf16         RMS at most 0.9 times and maximum at most 1 times FrEIA's under bf16 autocast, Spearman >= 0.9995
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cflow_fast import ops
+from cflow_fast.decoder import CLAMPS, FlowDecoder, gaussian_log_prob
+from cflow_fast.positional import positional_encoding
+from cflow_fast.precision import multiplies_bf16
+
+SIZES = (64, 112, 160, 512, 1024, 2048, 41)
+"""Feature counts of the usual encoders' scales, and an odd one."""
+
+FP32_BOUND = 3e-6
+FP32_RATIO = 1.5
+BF16_RMS_RATIO = 0.9
+BF16_MAX_RATIO = 1.0
+BF16_SPEARMAN = 0.9995
+
+
+@dataclass(frozen=True)
+class Error:
+    """Deviation of log p / D from float64, in nats per dimension."""
+
+    maximum: float
+    rms: float
+    bounded: float  # maximum of the deviation over max(1, |log p / D|)
+    spearman: float  # rank correlation of the scores
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decoder and feature maps to compare on; `reference` names whose errors are the yardstick."""
+
+    name: str
+    decoder: FlowDecoder
+    features: Tensor  # (B, D, H, W) float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    case: str
+    backend: str
+    precision: str
+    ours: Error
+    reference: str
+    theirs: Error
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """Those that mean something on a device; bf16 always does, since it is also a way to store."""
+    return ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
+
+
+def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
+    """Compare one case in every precision wanted (all that the device has, when None)."""
+    exact = _log_prob_per_dimension(copy.deepcopy(case.decoder).double(), case)
+    reference_name, reference = _reference(case.decoder)
+    theirs: dict[str, Error] = {}
+    for precision in wanted or precisions(case.device):
+        kind = "bf16" if precision == "bf16" else "fp32"
+        if kind not in theirs:
+            with _autocast(case.device) if kind == "bf16" else torch.no_grad():
+                theirs[kind] = measure(_log_prob_per_dimension(reference, case), exact)
+        folded = case.decoder.fold(precision)
+        ours = measure(folded.log_prob(case.features) / case.decoder.features, exact)
+        failures = _failures(kind, ours, theirs[kind])
+        yield Row(case.name, ops.backend(case.device), precision, ours, reference_name, theirs[kind], failures)
+
+
+def measure(approximate: Tensor, exact: Tensor) -> Error:
+    """Both in log p / D, any shape."""
+    a, e = approximate.flatten().double().cpu(), exact.flatten().double().cpu()
+    deviation = (a - e).abs()
+    return Error(
+        maximum=deviation.max().item(),
+        rms=deviation.square().mean().sqrt().item(),
+        bounded=(deviation / e.abs().clamp(min=1)).max().item(),
+        spearman=_spearman(a, e),
+    )
+
+
+def _failures(kind: str, ours: Error, theirs: Error) -> list[str]:
+    if not math.isfinite(ours.maximum):
+        return ["not finite"]
+    if kind == "fp32":
+        limits = [
+            ("maximum / FrEIA's", ours.maximum / max(theirs.maximum, 1e-300), FP32_RATIO),
+            ("maximum / max(1, |log p / D|)", ours.bounded, FP32_BOUND),
+        ]
+    else:
+        limits = [
+            ("RMS / FrEIA's", ours.rms / theirs.rms, BF16_RMS_RATIO),
+            ("maximum / FrEIA's", ours.maximum / theirs.maximum, BF16_MAX_RATIO),
+            ("1 - Spearman", 1 - ours.spearman, 1 - BF16_SPEARMAN),
+        ]
+    return [f"{what} is {value:.3g}, over {limit:.3g}" for what, value, limit in limits if value > limit]
+
+
+def random_case(
+    features: int,
+    permute_soft: bool = False,
+    condition: int = 128,
+    activation: str = "relu",
+    global_affine_type: str = "SOFTPLUS",
+    clamp: str = CLAMPS[0],
+    size: tuple[int, int, int] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """A decoder whose scales, offsets and weights are far from initial ones, and features beyond a unit Gaussian.
+
+    size: (B, H, W) of the feature maps; about 1200 positions for narrow decoders, 300 for wide ones when None.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = FlowDecoder(
+            features,
+            condition,
+            permute_soft=permute_soft,
+            activation=activation,
+            global_affine_type=global_affine_type,
+            clamp=clamp,
+        )
+        roughen(decoder)
+        batch, height, width = size or ((2, 11, 14) if features >= 512 else (2, 24, 25))
+        maps = 1.3 * torch.randn(batch, features, height, width)
+    permutation = "soft" if permute_soft else "hard"
+    name = f"D={features} {permutation}, {'C=' + str(condition) if condition else 'unconditional'}, {activation}, "
+    return Case(name + f"{global_affine_type}, {clamp}", decoder.to(device), maps.to(device))
+
+
+@torch.no_grad()
+def roughen(decoder: FlowDecoder) -> None:
+    """Random parameters of the sizes that long training may reach, drawn from the global generator."""
+    for block in decoder.blocks:
+        block.global_scale.add_(0.5 * torch.randn_like(block.global_scale) * _scale_spread(decoder))  # type: ignore[operator,union-attr]
+        block.global_offset.normal_(0, 0.1)  # type: ignore[operator,union-attr]
+        for layer, spread in ((block.subnet[0], 1.0), (block.subnet[2], 1.5)):  # type: ignore[index]
+            layer.weight.normal_(0, spread / math.sqrt(layer.in_features))
+            layer.bias.normal_(0, 0.1)
+
+
+def _scale_spread(decoder: FlowDecoder) -> float:
+    """EXP and SIGMOID react to their parameter about ten times as strongly as SOFTPLUS does."""
+    return 1.0 if decoder.global_affine_type == "SOFTPLUS" else 0.1
+
+
+def model_cases(decoders: Sequence[FlowDecoder], sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[Case]:
+    """A trained model's decoders, on features drawn from them at temperatures 1 to 2: usual ones and unusual ones."""
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for scale, (decoder, (height, width)) in enumerate(zip(decoders, sizes, strict=True)):
+        drawn = [decoder.sample(1, height, width, temperature, generator) for temperature in (1.0, 1.5, 2.0)]
+        cases.append(Case(f"scale {scale + 1}, D={decoder.features}", decoder, torch.cat(drawn).float()))
+    return cases
+
+
+def _reference(decoder: FlowDecoder) -> tuple[str, Callable[..., tuple[Tensor, Tensor]]]:
+    """FrEIA's own module where it can be had; else our unfolded one, which follows the same steps."""
+    if decoder.clamp == CLAMPS[0]:
+        try:
+            return "FrEIA", decoder.to_freia().eval()
+        except ImportError:
+            return "unfolded (FrEIA is not installed)", decoder
+    return "unfolded (FrEIA's release has another clamp)", decoder
+
+
+@torch.no_grad()
+def _log_prob_per_dimension(decoder: Callable[..., tuple[Tensor, Tensor]], case: Case) -> Tensor:
+    """As the published code does it: rows, concatenated encoding, u and log_det, (B H W,)."""
+    batch, channels, height, width = case.features.shape
+    z = case.features.permute(0, 2, 3, 1).reshape(-1, channels)
+    z = z.double() if isinstance(decoder, FlowDecoder) and decoder.dtype == torch.float64 else z
+    if not case.decoder.condition:
+        u, log_det = decoder(z)
+    else:
+        encoding = positional_encoding(case.decoder.condition, height, width).to(z)
+        u, log_det = decoder(z, [encoding.flatten(1).t().repeat(batch, 1)])
+    u, log_det = (x if x.dtype == torch.float64 else x.float() for x in (u, log_det))
+    return (gaussian_log_prob(u) + log_det) / channels
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 autocast, emulated on devices that cannot multiply bf16 at a bearable speed."""
+    if multiplies_bf16(device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return EmulatedAutocast()
+
+
+class EmulatedAutocast(TorchFunctionMode):
+    """bf16 autocast for linear layers: operands and results rounded to bf16, the product itself made in fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        rounded = [None if tensor is None else tensor.bfloat16().float() for tensor in args]
+        return func(*rounded, **(kwargs or {})).bfloat16()
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    if len(a) < 2:
+        return 1.0
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return torch.corrcoef(ranks)[0, 1].item()

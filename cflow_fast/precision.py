@@ -1,0 +1,74 @@
+"""Which precision to multiply in on which hardware. Nothing else in the package asks what a processor can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a folded decoder stores, what it multiplies in, and why when the two differ."""
+
+    precision: str
+    storage: torch.dtype
+    operands: torch.dtype
+    note: str = ""
+
+    def __str__(self) -> str:
+        return self.precision + (f" ({self.note})" if self.note else "")
+
+
+def resolve_precision(precision: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Turn "auto" into a precision: fp64 for a float64 module, bf16 where the hardware multiplies it, else fp32."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    if dtype == torch.float64:
+        return "fp64"
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def arithmetic(precision: str, device: torch.device) -> Arithmetic:
+    """How a resolved precision is carried out on a device."""
+    match precision:
+        case "fp64":
+            return Arithmetic(precision, torch.float64, torch.float64)
+        case "bf16" if not multiplies_bf16(device):
+            note = f"this {device.type} has no bf16 multiplication: weights are stored in bf16, multiplied in fp32"
+            return Arithmetic(precision, torch.bfloat16, torch.float32, note)
+        case "bf16":
+            return Arithmetic(precision, torch.bfloat16, torch.bfloat16)
+        case "tf32" if device.type != "cuda":
+            return Arithmetic(precision, torch.float32, torch.float32, f"no tf32 on this {device.type}: fp32")
+        case _:
+            return Arithmetic(precision, torch.float32, torch.float32)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 on a device, by what its hardware has."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.get_device_capability(device) >= (8, 0)
+        case "cpu":
+            return cpu_has("amx_bf16") or cpu_has("avx512_bf16")
+        case _:
+            return False
+
+
+_CPU_QUERIES = {
+    "amx_bf16": "_is_amx_tile_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "avx512": "_is_avx512_supported",
+    "avx2": "_is_avx2_supported",
+}
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether this CPU has amx_bf16, avx512_bf16, avx512 or avx2, as far as PyTorch can tell; False otherwise."""
+    query = getattr(torch.cpu, _CPU_QUERIES[feature], None)
+    return bool(query()) if query is not None else False

@@ -1,0 +1,146 @@
+"""Two ways of making the products of a folded decoder on a CPU, and the general one anywhere else.
+
+`MatmulProducts` keeps the state feature-major, (features, rows): an NCHW map of one image is already that, both halves
+are contiguous and a product is W X. It runs on every device and in every precision.
+`OneDnnProducts` keeps it row-major and multiplies by weights that oneDNN packed once, with bias, addition and
+activation in the product's own epilogue. Where the CPU's vector units are wide this is the faster one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cflow_fast.kernels.weights import FlowWeights, SoftMixing
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One family of products: a matrix (K, out, in) and a bias (K, out) or none."""
+
+    matrix: Tensor
+    bias: Tensor | None
+
+
+def _matrices(weights: FlowWeights) -> dict[str, _Matrix]:
+    active, passive = weights.active, weights.passive
+    conditional = weights.w1_condition is not None
+    table = {
+        "w1": _Matrix(weights.w1, None if conditional else weights.b1),
+        "w2_scale": _Matrix(weights.w2[:, :active], weights.b2[:, :active]),
+        "w2_shift": _Matrix(weights.w2[:, active:], weights.b2[:, active:]),
+    }
+    if weights.w1_condition is not None:
+        table["w1_condition"] = _Matrix(weights.w1_condition, weights.b1)
+    if isinstance(weights.mixing, SoftMixing):
+        soft = weights.mixing
+        table["matrix_passive"] = _Matrix(soft.matrix[:, :passive], soft.offset[:, :passive])
+        table["matrix_active"] = _Matrix(soft.matrix[:, passive:], soft.offset[:, passive:])
+        table["passive"] = _Matrix(soft.passive, soft.passive_offset)
+        table["active"] = _Matrix(soft.active, soft.active_offset)
+        table["output"] = _Matrix(soft.output, None)
+        table["passive_output"] = _Matrix(soft.passive_output, None)
+    return table
+
+
+class MatmulProducts:
+    """Feature-major products by the library's matrix multiplication; operands are multiplied in `operand_dtype`."""
+
+    feature_dim = 0
+
+    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype) -> None:
+        self.weights = weights
+        self.operand_dtype = operand_dtype
+        self.matrices = {
+            name: _Matrix(m.matrix.to(operand_dtype), None if m.bias is None else m.bias.to(operand_dtype).unsqueeze(2))
+            for name, m in _matrices(weights).items()
+        }
+
+    def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
+        family = self.matrices[name]
+        matrix, x = family.matrix[block], x.to(self.operand_dtype)
+        bias = None if family.bias is None else family.bias[block]
+        if add is not None:
+            y = add.to(self.operand_dtype).addmm_(matrix, x)
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = torch.mm(matrix, x) if bias is None else torch.addmm(bias, matrix, x)
+        return _activate(y, activation)
+
+    def scaled_and_shifted(self, block: int, hidden: Tensor, scaled: Tensor) -> Tensor:
+        return _added(self, block, hidden, scaled)
+
+
+def _added(products: MatmulProducts | OneDnnProducts, block: int, hidden: Tensor, scaled: Tensor) -> Tensor:
+    """Inside the product where it accumulates in the state's precision, after it where it rounds its result."""
+    if products.operand_dtype == scaled.dtype:
+        return products.product("w2_shift", block, hidden, add=scaled)
+    return scaled.add_(products.product("w2_shift", block, hidden))
+
+
+def _activate(y: Tensor, activation: str) -> Tensor:
+    match activation:
+        case "relu":
+            return y.relu_()
+        case "tanh":
+            return y.tanh_()
+        case "softplus":
+            return F.softplus(y)
+        case _:
+            return y
+
+
+class OneDnnProducts:
+    """Row-major products on weights packed for oneDNN, float32 or bfloat16, on a CPU.
+
+    A linear layer is asked for as a 1 x 1 convolution where an addition and an activation share its epilogue.
+    """
+
+    feature_dim = 1
+
+    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, rows: int) -> None:
+        self.weights = weights
+        self.operand_dtype = operand_dtype
+        self.bias: dict[str, list[Tensor | None]] = {}
+        self.packed: dict[str, list[Tensor]] = {}
+        self.convolved = {"w1"} if weights.activation == "relu" and weights.condition else set()
+        for name, family in _matrices(weights).items():
+            matrices = family.matrix.to(operand_dtype)
+            self.packed[name] = [self._pack(name, matrix, rows) for matrix in matrices]
+            blocks = len(matrices)
+            self.bias[name] = [None] * blocks if family.bias is None else list(family.bias.to(operand_dtype))
+
+    def _pack(self, name: str, matrix: Tensor, rows: int) -> Tensor:
+        outputs, inputs = matrix.shape
+        if name in self.convolved:
+            kernel = matrix.reshape(outputs, inputs, 1, 1).contiguous(memory_format=torch.channels_last)
+            return torch.ops.mkldnn._reorder_convolution_weight(kernel, [0, 0], [1, 1], [1, 1], 1, [1, inputs, rows, 1])
+        return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), rows)
+
+    def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
+        x = x.to(self.operand_dtype)
+        matrix, bias = self.packed[name][block], self.bias[name][block]
+        if name in self.convolved:
+            return self._convolve(x, matrix, add)
+        if add is not None:
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, add.to(self.operand_dtype), matrix, bias, "add")
+            return _activate(y, activation)
+        if activation == "softplus":
+            return F.softplus(torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], ""))
+        return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, activation, [], "")
+
+    def scaled_and_shifted(self, block: int, hidden: Tensor, scaled: Tensor) -> Tensor:
+        return _added(self, block, hidden, scaled)
+
+    def _convolve(self, x: Tensor, matrix: Tensor, add: Tensor | None) -> Tensor:
+        """relu(matrix x + add) as a 1 x 1 convolution over an image of one column."""
+        image = x.unsqueeze(1).unsqueeze(0).permute(0, 3, 1, 2)
+        assert add is not None
+        addend = add.unsqueeze(1).unsqueeze(0).permute(0, 3, 1, 2)
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            image, addend, matrix, None, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, "relu", [], ""
+        )
+        return y.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
