@@ -1,0 +1,264 @@
+"""CFLOW-AD as one module: frozen encoder, one flow decoder per pooling scale, calibration, prediction."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cflow_fast.anomaly import anomaly_map
+from cflow_fast.calibration import conformal_threshold
+from cflow_fast.decoder import FlowDecoder
+from cflow_fast.encoders import Encoder
+from cflow_fast.errors import CFlowFastError, DataError
+from cflow_fast.folded import FoldedDecoder
+from cflow_fast.images import as_rgb, read_image, resize, to_tensor
+from cflow_fast.precision import PRECISIONS, resolve_precision
+from cflow_fast.prediction import Prediction, make_prediction
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+class CFlowAD(nn.Module):
+    """The whole model of the CFLOW-AD paper.
+
+    Args:
+        encoder, layers, pretrained, encoder_weights, reflect_padding: see `Encoder`.
+        coupling_blocks, condition, permute_soft, activation, affine_clamping: see `FlowDecoder`.
+        image_size: (H, W) or a number; every image is resized to it, whatever its shape, before it is encoded.
+        precision: of the folded decoders that predictions are made with; "auto" is settled when the model is
+            calibrated, so that its thresholds and its scores belong together.
+
+    `model(images)` gives anomaly maps, `predict` everything about an image. Before a prediction a model is trained
+    (`cflow_fast.train`) and calibrated; both are stored by `save`.
+    """
+
+    log_prob_max: Tensor  # (K,) largest log p / D on good images at each scale, NaN until calibrated
+    thresholds: Tensor  # (2,) of image and pixel scores, NaN until calibrated
+    false_alarm_rate: Tensor  # () that the thresholds promise on good images, NaN without a promise
+
+    def __init__(
+        self,
+        encoder: str = "wide_resnet50_2",
+        layers: Sequence[str] | None = None,
+        coupling_blocks: int = 8,
+        condition: int = 128,
+        permute_soft: bool = False,
+        pretrained: bool = True,
+        encoder_weights: str | os.PathLike[str] | None = None,
+        reflect_padding: bool = False,
+        activation: str = "relu",
+        affine_clamping: float = 1.9,
+        image_size: int | tuple[int, int] = 256,
+        precision: str = "auto",
+    ) -> None:
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.image_size = (height, width)
+        self.precision = precision
+        self.encoder = Encoder(encoder, layers, pretrained, encoder_weights, reflect_padding)
+        if min(self.image_size) < max(self.encoder.strides):
+            raise ValueError(
+                f"image_size is at least {max(self.encoder.strides)}, the encoder's largest stride, got {image_size}"
+            )
+        self.decoders = nn.ModuleList(
+            FlowDecoder(
+                channels,
+                condition,
+                coupling_blocks,
+                affine_clamping=affine_clamping,
+                permute_soft=permute_soft,
+                activation=activation,
+            )
+            for channels in self.encoder.channels
+        )
+        scales = len(self.decoders)
+        self.register_buffer("log_prob_max", torch.full((scales,), torch.nan))
+        self.register_buffer("thresholds", torch.full((2,), torch.nan))
+        self.register_buffer("false_alarm_rate", torch.tensor(torch.nan))
+        self._folded: list[FoldedDecoder] = []
+        self._folded_from: object = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments that rebuild this model without its weights' source."""
+        first: FlowDecoder = self.decoders[0]  # type: ignore[assignment]
+        return {
+            "encoder": self.encoder.name,
+            "layers": list(self.encoder.layers),
+            "reflect_padding": self.encoder.reflect_padding,
+            "coupling_blocks": first.coupling_blocks,
+            "condition": first.condition,
+            "permute_soft": first.permute_soft,
+            "activation": first.activation,
+            "affine_clamping": first.affine_clamping,
+            "image_size": list(self.image_size),
+            "precision": self.precision,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_prob_max.device
+
+    @property
+    def is_calibrated(self) -> bool:
+        return bool(self.log_prob_max.isfinite().all())
+
+    @property
+    def image_threshold(self) -> float | None:
+        """Score above which an image is defective; None until there is one."""
+        return _number(self.thresholds[0])
+
+    @property
+    def pixel_threshold(self) -> float | None:
+        """Anomaly above which a pixel is in the mask; None until there is one."""
+        return _number(self.thresholds[1])
+
+    def set_thresholds(self, image: float, pixel: float, false_alarm_rate: float | None = None) -> None:
+        self.thresholds.copy_(torch.tensor([image, pixel]))
+        self.false_alarm_rate.fill_(torch.nan if false_alarm_rate is None else false_alarm_rate)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W), RGB in [0, 1], of any size, to the encoder's maps (B, D_k, H_k, W_k) at image_size."""
+        resized = resize(images.to(self.device), self.image_size)
+        return self.encoder(resized.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def log_probs(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) to each scale's log p / D in nats, (B, H_k, W_k), by the folded decoders."""
+        return [
+            folded.log_prob(features) / folded.features
+            for folded, features in zip(self.folded(), self.features(images), strict=True)
+        ]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB in [0, 1], to anomaly maps (B, H, W) at the images' own size."""
+        return self._anomaly_map(self.log_probs(images), (images.shape[2], images.shape[3]))
+
+    def predict(self, images: Tensor | ImageLike | Iterable[ImageLike], batch_size: int = 8) -> list[Prediction]:
+        """Inspect images: a tensor (B, 3, H, W) in [0, 1], or one or several paths, PIL images or arrays (H, W[, 3]).
+
+        Each is converted to 8-bit RGB and gets its anomaly map at its own size. Raises DataError naming an image that
+        cannot be read, CFlowFastError when the model is not calibrated.
+        """
+        if isinstance(images, Tensor):
+            self._check_images(images)
+            batches = ((list(part), [tuple(part.shape[2:])] * len(part)) for part in images.split(batch_size))
+        else:
+            batches = self._read(images, batch_size)
+        predictions = []
+        for tensors, sizes in batches:
+            resized = torch.cat([resize(tensor.unsqueeze(0), self.image_size) for tensor in tensors])
+            predictions += self.predict_resized(resized, sizes)
+        return predictions
+
+    def predict_resized(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Images (B, 3, *image_size) that had the original sizes (H, W) given, to predictions at those sizes."""
+        log_probs = self.log_probs(images)
+        predictions = []
+        for i, size in enumerate(sizes):
+            one = self._anomaly_map([log_prob[i : i + 1] for log_prob in log_probs], size)[0].float().cpu().numpy()
+            predictions.append(make_prediction(one, self.image_threshold, self.pixel_threshold))
+        damaged = sum(prediction.non_finite > 0 for prediction in predictions)
+        if damaged:
+            warnings.warn(
+                f"{damaged} of {len(predictions)} images have features that are not finite; "
+                "the pixels concerned are not scored, and these images are reported as defective",
+                stacklevel=2,
+            )
+        return predictions
+
+    def folded(self) -> list[FoldedDecoder]:
+        """The decoders folded in the model's precision, made anew whenever a parameter has changed."""
+        tensors = [*self.decoders.parameters(), *self.decoders.buffers()]
+        state = (self.precision, self.device, *((id(tensor), tensor._version) for tensor in tensors))
+        if state != self._folded_from:
+            precision = resolve_precision(self.precision, self.device)
+            self._folded = [decoder.fold(precision) for decoder in self.decoders]  # type: ignore[operator]
+            self._folded_from = state
+        return self._folded
+
+    def calibrate_maxima(self, batches: Iterable[Tensor]) -> None:
+        """Find each scale's largest log p / D over batches (B, 3, H, W) of good images; settles the precision."""
+        self.precision = resolve_precision(self.precision, self.device)
+        maxima = torch.full_like(self.log_prob_max, -torch.inf)
+        for batch in batches:
+            peaks = torch.stack([log_prob.amax() for log_prob in self.log_probs(batch)])
+            maxima = torch.maximum(maxima, peaks.to(maxima))
+        if not maxima.isfinite().all():
+            raise DataError("calibration needs good images with finite features, and found none: check the images")
+        self.log_prob_max.copy_(maxima)
+
+    def calibrate_thresholds(self, scores: Sequence[float], false_alarm_rate: float) -> None:
+        """Set both thresholds from the scores of good images that played no part in fitting or in the maxima.
+
+        An image's score is its map's maximum, so one conformal quantile serves both: an image has a pixel above the
+        threshold exactly when its score is.
+        """
+        conformal = conformal_threshold(scores, false_alarm_rate)
+        if conformal.limited:
+            warnings.warn(
+                f"{conformal.samples} held-out images cannot promise a false alarm rate of {false_alarm_rate:g}: "
+                f"the thresholds promise {conformal.rate:.3g}; hold out at least "
+                f"{int(np.ceil(1 / false_alarm_rate)) - 1} for the wanted rate",
+                stacklevel=2,
+            )
+        self.set_thresholds(conformal.threshold, conformal.threshold, conformal.rate)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole model to one safetensors file, atomically: see `model_file`."""
+        from cflow_fast.model_file import save_model
+
+        save_model(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CFlowAD:
+        """Read a model that `save` wrote; no network, no pickle. Raises ModelFileError naming the file."""
+        from cflow_fast.model_file import load_model
+
+        return load_model(path, device)
+
+    def _anomaly_map(self, log_probs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        if not self.is_calibrated:
+            raise CFlowFastError("this model is not calibrated: train it, or run calibrate on good images first")
+        return anomaly_map(log_probs, size, self.log_prob_max.tolist())
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"image tensors are floating point in [0, 1], got {images.dtype}")
+        if not bool(((images >= 0) & (images <= 1)).all()):
+            raise DataError("image tensors are in [0, 1]: scale them, and look for NaN")
+
+    def _read(
+        self, images: ImageLike | Iterable[ImageLike], batch_size: int
+    ) -> Iterator[tuple[list[Tensor], list[tuple[int, int]]]]:
+        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+            images = [images]
+        tensors: list[Tensor] = []
+        for i, image in enumerate(images):
+            rgb = read_image(image) if isinstance(image, (str, os.PathLike)) else as_rgb(image, f"image {i}")
+            tensors.append(to_tensor(rgb))
+            if len(tensors) == batch_size:
+                yield tensors, [tuple(tensor.shape[1:]) for tensor in tensors]
+                tensors = []
+        if tensors:
+            yield tensors, [tuple(tensor.shape[1:]) for tensor in tensors]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folded": [], "_folded_from": None}
+
+
+def _number(value: Tensor) -> float | None:
+    number = value.item()
+    return None if np.isnan(number) else float(number)

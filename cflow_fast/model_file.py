@@ -1,0 +1,77 @@
+"""A trained model in one safetensors file: weights of encoder and decoders, calibration, and how to rebuild them.
+
+The metadata holds `format`, `version` and `model` (the constructor's options as JSON); the tensors are the module's
+state dict, so the encoder's weights and normalisation, the maxima and the thresholds travel with it. Hard permutations
+are stored as indices. Nothing in the file is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cflow_fast.errors import CFlowFastError, ModelFileError
+from cflow_fast.files import atomic_path
+
+if TYPE_CHECKING:
+    from cflow_fast.model import CFlowAD
+
+FORMAT = "cflow_fast model"
+VERSION = "1"
+
+
+def save_model(model: CFlowAD, path: str | os.PathLike[str]) -> None:
+    """See CFlowAD.save. Raises CFlowFastError when the file cannot be written."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(model.options)}
+    write_tensors(path, tensors, metadata)
+
+
+def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> CFlowAD:
+    """See CFlowAD.load."""
+    from cflow_fast.model import CFlowAD
+
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ModelFileError(f"{path} is not a cflow_fast model: train one with `cflow-fast train`")
+    if metadata.get("version") != VERSION:
+        raise ModelFileError(
+            f"{path} is a model of version {metadata.get('version')}, this package reads version {VERSION}: "
+            "train it anew, or install the package that wrote it"
+        )
+    try:
+        options = json.loads(metadata["model"])
+        options["image_size"] = tuple(options["image_size"])
+        model = CFlowAD(**options, pretrained=False)
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFileError(f"{path} is damaged or was altered ({first_line}): train the model anew") from error
+    return model.to(device).eval()
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, str(temporary), metadata)
+        except (OSError, SafetensorError) as error:
+            raise CFlowFastError(f"cannot write {path}: {error}; is the disk full?") from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read every tensor and the metadata of a safetensors file; ModelFileError names a file that cannot be read."""
+    if not Path(path).is_file():
+        raise ModelFileError(f"no model at {path}: give the file that `cflow-fast train` wrote")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelFileError(f"{path} cannot be read ({error}): it is cut short or no model; train it anew") from error
