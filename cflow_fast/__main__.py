@@ -1,0 +1,5 @@
+"""`python -m cflow_fast` is `cflow-fast`."""
+
+from cflow_fast.cli import main
+
+main(prog_name="cflow-fast")
