@@ -30,7 +30,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench-cpu: $(READY)
-	$(BIN)/python -m pytest bench -p no:cacheprovider --benchmark-only -s
+	$(BIN)/python -m pytest bench --benchmark-only -s --results bench/results
 
 parity: $(READY)
 	$(BIN)/cflow-fast parity
