@@ -41,16 +41,16 @@ def accelerate(module: nn.Module, precision: str = "auto", inplace: bool = False
     """
     if is_sequence(module):
         return _accelerate_one(module, precision)
-    names = [name for name, child in module.named_modules() if is_sequence(child)]
-    if not names:
+    if not any(is_sequence(child) for child in module.modules()):
         raise UnsupportedBlockError(
             f"{type(module).__name__} contains no FrEIA SequenceINN: there is nothing to replace"
         )
     result = module if inplace else copy.deepcopy(module)
+    found = {name: child for name, child in result.named_modules(remove_duplicate=False) if is_sequence(child)}
     replaced, left = {}, {}
-    for name in names:
+    for name, sequence in found.items():
         try:
-            folded = from_freia(result.get_submodule(name)).fold(precision)
+            folded = from_freia(sequence).fold(precision)
         except UnsupportedBlockError as error:
             left[name] = str(error)
             logger.warning("accelerate left %s as it was: %s", name, error)

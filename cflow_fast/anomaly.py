@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ def anomaly_map(
             None takes the maxima over what is given, as published: an image's score then changes with its batch.
 
     Returns (B, H, W) of the inputs' dtype, in [0, K]; bilinear, corners aligned. An image's score is its map's maximum.
-    Positions that are not finite stay so and reach no further than the interpolation carries them.
+    Positions that are not finite become NaN, which reaches no further than the interpolation carries it.
     Raises ValueError for tensors that do not belong together, TypeError for integer or complex ones.
     """
     if not log_probs:
@@ -39,6 +40,8 @@ def anomaly_map(
             raise ValueError(f"scale {scale} has no positions: {tuple(log_prob.shape)}")
     if log_prob_max is not None and len(log_prob_max) != len(log_probs):
         raise ValueError(f"expected {len(log_probs)} maxima, one per scale, got {len(log_prob_max)}")
+    if log_prob_max is not None and not all(math.isfinite(maximum) for maximum in log_prob_max):
+        raise ValueError(f"log_prob_max holds finite numbers, got {list(log_prob_max)}")
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"the map's size is positive, got {(height, width)}")

@@ -142,6 +142,7 @@ class FlowDecoder(nn.Module):
             ("features", features, 2),
             ("condition", condition, 0),
             ("coupling_blocks", coupling_blocks, 1),
+            ("hidden", 1 if hidden is None else hidden, 1),
         ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
@@ -181,7 +182,7 @@ class FlowDecoder(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's arguments that rebuild this decoder, parameters aside."""
-        names = ("features", "condition", "coupling_blocks", "affine_clamping", "global_affine_init")
+        names: tuple[str, ...] = ("features", "condition", "coupling_blocks", "affine_clamping", "global_affine_init")
         names += ("global_affine_type", "permute_soft", "activation", "hidden", "clamp")
         return {name: getattr(self, name) for name in names}
 
@@ -214,6 +215,7 @@ class FlowDecoder(nn.Module):
         if features.dim() == 2:
             z = features.to(self.dtype)
             u, log_det = self(z, None if c is None else [c.to(z.dtype)])
+            u, log_det = (x if x.dtype == torch.float64 else x.float() for x in (u, log_det))
             return gaussian_log_prob(u) + log_det
         check_maps(features, self.features)
         batch, _, height, width = features.shape
@@ -341,7 +343,7 @@ def check_rows(z: Tensor, c: Sequence[Tensor] | None, features: int, condition: 
         raise ValueError(f"expected one condition of shape ({len(z)}, {condition}) in a list, got {len(given)}")
     if given[0].shape != (len(z), condition):
         raise ValueError(f"expected a condition of shape ({len(z)}, {condition}), got {tuple(given[0].shape)}")
-    _check_floating("condition", given[0])
+    _check_floating("conditions", given[0])
     return given[0]
 
 
@@ -362,4 +364,4 @@ def check_maps(features: Tensor, channels: int) -> None:
 
 def _check_floating(what: str, x: Tensor) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"{what} are floating point, got {x.dtype}")
+        raise TypeError(f"expected floating-point {what}, got {x.dtype}")

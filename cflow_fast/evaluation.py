@@ -75,13 +75,17 @@ def evaluate(
         on_progress(len(batch.indices))
     if not results:
         raise DataError("no test image could be used: see the reasons above")
-    return _summarise(results, seconds / len(results))
+    return _summarise(results, seconds / len(results), highest=float(len(model.decoders)))
 
 
-def _summarise(results: list[ImageResult], seconds_per_image: float) -> Evaluation:
+def _summarise(results: list[ImageResult], seconds_per_image: float, highest: float) -> Evaluation:
+    """What is not finite has the highest score there is: it is called defective too."""
     labels = [result.sample.is_defective for result in results]
-    scores = [result.prediction.score for result in results]
-    maps = [np.nan_to_num(r.prediction.anomaly_map, nan=r.prediction.score) for r in results]
+    scores = np.array(
+        [highest if r.prediction.non_finite else r.prediction.score for r in results],
+        dtype=np.float32,  # as the thresholds are stored
+    )
+    maps = [np.nan_to_num(r.prediction.anomaly_map, nan=highest) for r in results]
     masks = [result.ground_truth for result in results]
     pixels, truth = (np.concatenate([array.ravel() for array in arrays]) for arrays in (maps, masks))
     image_f1_threshold, image_f1 = best_f1(labels, scores)

@@ -82,6 +82,10 @@ class Fit:
         self.calibrate()
         return finished
 
+    def images(self) -> Iterator[Tensor]:
+        """The images to fit, (B, 3, *image_size), in order."""
+        return self._load(list(range(len(self.split.fit))))
+
     def calibrate(self) -> None:
         calibrate(self.model, self.split, self.false_alarm_rate, self.batch_size, self.workers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class FoldedDecoder(nn.Module):
         """Natural log-likelihood in nats (eq. 8), not divided by D; float32, or float64 in precision "fp64".
 
         features: maps (B, D, H, W) in any memory format, to (B, H, W), under the positional encoding; or rows (N, D)
-        with their own condition c (N, C), to (N,). A position whose features are not finite is NaN, it alone.
+        with their own condition c (N, C), to (N,). Features that are not finite give NaN or -inf at their own position
+        and nowhere else.
         Raises ValueError for another shape, TypeError for integer or complex features, RuntimeError for features that
         ask for gradients.
         """
@@ -84,11 +86,13 @@ class FoldedDecoder(nn.Module):
         if features.dim() == 2:
             condition = check_rows(features, None if c is None else [c], self.features, self.condition)
             _refuse_gradients(features, condition)
-            return self.flow.rows(features, condition, want_u=False).log_prob
+            with _without_autocast(self.device):
+                return self.flow.rows(features, condition, want_u=False).log_prob
         check_maps(features, self.features)
         _refuse_gradients(features)
         encoding = encoding_factors(self.condition, *features.shape[2:]) if self.condition else None
-        return self.flow.log_prob_map(features, encoding)
+        with _without_autocast(self.device):
+            return self.flow.log_prob_map(features, encoding)
 
     @torch.no_grad()
     def forward(
@@ -101,7 +105,8 @@ class FoldedDecoder(nn.Module):
             )
         condition = check_rows(z, c, self.features, self.condition)
         _refuse_gradients(z, condition)
-        result = self.flow.rows(z, condition, want_u=True)
+        with _without_autocast(self.device):
+            result = self.flow.rows(z, condition, want_u=True)
         assert result.u is not None
         return result.u.to(result.log_det.dtype), result.log_det
 
@@ -130,6 +135,13 @@ class FoldedDecoder(nn.Module):
         self._flow = None
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
+    def get_extra_state(self) -> Tensor:
+        """The one number of the weights that is no tensor: log_scale, in float64."""
+        return torch.tensor(self._constants["log_scale"], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._constants["log_scale"] = float(state)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._flow = None
@@ -142,6 +154,12 @@ class FoldedDecoder(nn.Module):
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return clone
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The precision is the decoder's own, whatever surrounds the call."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _refuse_gradients(*tensors: Tensor | None) -> None:

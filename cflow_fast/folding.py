@@ -69,8 +69,7 @@ class _Block:
     """One coupling block's numbers in float64, its first layer split by input; `w1` and `b1` are folded further."""
 
     def __init__(self, block: CouplingBlock) -> None:
-        first, second = block.subnet[0], block.subnet[2]
-        w1, self.b1, w2, b2 = (_numbers(p) for p in (first.weight, first.bias, second.weight, second.bias))  # type: ignore[union-attr,operator]
+        w1, self.b1, w2, b2 = (_numbers(parameter) for parameter in block.subnet.parameters())
         self.passive = block.passive
         self.w1, self.w1_condition = w1[:, : self.passive], w1[:, self.passive :]
         factor = w2.new_full((2 * block.active, 1), 0.1)
@@ -198,9 +197,13 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthogonalised(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix to one that was rounded to float32, by two Newton-Schulz steps."""
-    for _ in range(2):
-        matrix = 1.5 * matrix - 0.5 * (matrix @ (matrix.T @ matrix))
+    """The nearest orthogonal matrix to one that was rounded, by Newton-Schulz steps, each squaring the deviation."""
+    for _ in range(3):
+        excess = matrix.T @ matrix
+        excess.diagonal().sub_(1.0)
+        matrix = torch.addmm(matrix, matrix, excess, alpha=-0.5)
+        if excess.norm() < 1e-5:  # at once for a rotation rounded to float32: what is left is under 1e-10
+            break
     return matrix
 
 

@@ -9,7 +9,7 @@ FrEIA need not be installed to convert from it.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -89,17 +89,17 @@ def to_freia(decoder: FlowDecoder) -> nn.Module:
 
 
 @torch.no_grad()
-def _copy_to_freia(own: CouplingBlock, foreign: nn.Module) -> None:
-    foreign.global_scale.copy_(own.global_scale.unsqueeze(0))  # type: ignore[union-attr,operator]
-    foreign.global_offset.copy_(own.global_offset.unsqueeze(0))  # type: ignore[union-attr,operator]
-    foreign.subnet.load_state_dict(own.subnet.state_dict())  # type: ignore[union-attr]
-    w_perm: Any = foreign.w_perm
+def _copy_to_freia(own: CouplingBlock, foreign: Any) -> None:
+    foreign.global_scale.copy_(own.global_scale.unsqueeze(0))
+    foreign.global_offset.copy_(own.global_offset.unsqueeze(0))
+    foreign.subnet.load_state_dict(own.subnet.state_dict())
+    w_perm: Tensor = foreign.w_perm
     if own.permute_soft:
         w_perm.copy_(own.rotation)
     else:
         w_perm.zero_()
         w_perm[torch.arange(own.features), own.permutation] = 1.0
-    foreign.w_perm_inv.copy_(w_perm.t())  # type: ignore[union-attr,operator]
+    foreign.w_perm_inv.copy_(w_perm.t())
 
 
 class _ForeignBlock:
@@ -137,11 +137,11 @@ class _ForeignBlock:
         }
         self.permutation, self.rotation = self.read_permutation(features)
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> NoReturn:
         raise UnsupportedBlockError(f"{self.name}: {reason}")
 
     def subnet_parts(self) -> tuple[nn.Linear, str, nn.Linear]:
-        parts = list(self.block.subnet.children()) if isinstance(self.block.subnet, nn.Sequential) else []
+        parts: list[Any] = list(self.block.subnet.children()) if isinstance(self.block.subnet, nn.Sequential) else []
         kinds = [type(part) for part in parts]
         activations = {nn.ReLU: "relu", nn.Softplus: "softplus"}
         if len(kinds) != 3 or kinds[0] is not nn.Linear or kinds[2] is not nn.Linear or kinds[1] not in activations:
@@ -149,8 +149,8 @@ class _ForeignBlock:
             self.refuse(f"its subnet is {found}; expected Linear, ReLU or Softplus, Linear")
         if kinds[1] is nn.Softplus and (parts[1].beta != 1 or parts[1].threshold != 20):
             self.refuse("its Softplus has another beta or threshold than PyTorch's default")
-        if parts[0].bias is None or parts[2].bias is None:
-            self.refuse("its subnet has a Linear without bias")
+        if any(set(dict(linear.named_parameters())) != {"weight", "bias"} for linear in (parts[0], parts[2])):
+            self.refuse("its subnet has a Linear without bias or with a reparametrised weight")
         return parts[0], activations[kinds[1]], parts[2]
 
     def clamping(self) -> float:
@@ -158,7 +158,7 @@ class _ForeignBlock:
         clamp = getattr(self.block, "clamp", None)
         if not isinstance(clamp, (int, float)) or not clamp > 0:
             self.refuse(f"its clamp is {clamp!r}, expected a positive number")
-        return float(clamp)  # type: ignore[arg-type]
+        return float(clamp)
 
     def global_affine_type(self) -> str:
         """Which of the three activations the block applies, found by applying it."""
@@ -168,7 +168,6 @@ class _ForeignBlock:
             if torch.allclose(answer, global_affine(kind, probe), rtol=1e-9):
                 return kind
         self.refuse("its global affine is none of SOFTPLUS, SIGMOID, EXP")
-        raise AssertionError
 
     @property
     def is_soft(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,9 +63,12 @@ class CFlowAD(nn.Module):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if precision not in PRECISIONS:
             raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if condition % 4:
+            raise ValueError(f"condition is a multiple of 4 (0: none), got {condition}")
         self.image_size = (height, width)
         self.precision = precision
         self.encoder = Encoder(encoder, layers, pretrained, encoder_weights, reflect_padding)
+        self.encoder.to(memory_format=torch.channels_last)  # as the images come, or every call would reorder weights
         if min(self.image_size) < max(self.encoder.strides):
             raise ValueError(
                 f"image_size is at least {max(self.encoder.strides)}, the encoder's largest stride, got {image_size}"
@@ -150,15 +154,17 @@ class CFlowAD(nn.Module):
         Each is converted to 8-bit RGB and gets its anomaly map at its own size. Raises DataError naming an image that
         cannot be read, CFlowFastError when the model is not calibrated.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, got {batch_size}")
         if isinstance(images, Tensor):
             self._check_images(images)
-            batches = ((list(part), [tuple(part.shape[2:])] * len(part)) for part in images.split(batch_size))
+            tensors: Iterable[Tensor] = images
         else:
-            batches = self._read(images, batch_size)
-        predictions = []
-        for tensors, sizes in batches:
-            resized = torch.cat([resize(tensor.unsqueeze(0), self.image_size) for tensor in tensors])
-            predictions += self.predict_resized(resized, sizes)
+            tensors = _read(images)
+        predictions, waiting = [], iter(tensors)
+        while batch := list(itertools.islice(waiting, batch_size)):
+            resized = torch.cat([resize(tensor.unsqueeze(0), self.image_size) for tensor in batch])
+            predictions += self.predict_resized(resized, [(tensor.shape[1], tensor.shape[2]) for tensor in batch])
         return predictions
 
     def predict_resized(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
@@ -180,7 +186,7 @@ class CFlowAD(nn.Module):
     def folded(self) -> list[FoldedDecoder]:
         """The decoders folded in the model's precision, made anew whenever a parameter has changed."""
         tensors = [*self.decoders.parameters(), *self.decoders.buffers()]
-        state = (self.precision, self.device, *((id(tensor), tensor._version) for tensor in tensors))
+        state = (self.precision, self.device, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
         if state != self._folded_from:
             precision = resolve_precision(self.precision, self.device)
             self._folded = [decoder.fold(precision) for decoder in self.decoders]  # type: ignore[operator]
@@ -240,23 +246,17 @@ class CFlowAD(nn.Module):
         if not bool(((images >= 0) & (images <= 1)).all()):
             raise DataError("image tensors are in [0, 1]: scale them, and look for NaN")
 
-    def _read(
-        self, images: ImageLike | Iterable[ImageLike], batch_size: int
-    ) -> Iterator[tuple[list[Tensor], list[tuple[int, int]]]]:
-        if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
-            images = [images]
-        tensors: list[Tensor] = []
-        for i, image in enumerate(images):
-            rgb = read_image(image) if isinstance(image, (str, os.PathLike)) else as_rgb(image, f"image {i}")
-            tensors.append(to_tensor(rgb))
-            if len(tensors) == batch_size:
-                yield tensors, [tuple(tensor.shape[1:]) for tensor in tensors]
-                tensors = []
-        if tensors:
-            yield tensors, [tuple(tensor.shape[1:]) for tensor in tensors]
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_folded": [], "_folded_from": None}
+
+
+def _read(images: ImageLike | Iterable[ImageLike]) -> Iterator[Tensor]:
+    """Images of any kind, one by one, as tensors (3, H, W)."""
+    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+        images = [images]
+    for i, image in enumerate(images):
+        is_path = isinstance(image, (str, os.PathLike))
+        yield to_tensor(read_image(image) if is_path else as_rgb(image, f"image {i}"))  # type: ignore[arg-type]
 
 
 def _number(value: Tensor) -> float | None:

@@ -49,8 +49,10 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     try:
         options = json.loads(metadata["model"])
         options["image_size"] = tuple(options["image_size"])
-        model = CFlowAD(**options, pretrained=False)
-        model.load_state_dict(tensors)
+        with torch.inference_mode(False):  # wherever it is loaded: its parameters have to tell when they change
+            model = CFlowAD(**options, pretrained=False)
+            model.load_state_dict(tensors)
+            model.encoder.source = f"file {os.fspath(path)}"
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFileError(f"{path} is damaged or was altered ({first_line}): train the model anew") from error

@@ -1,7 +1,8 @@
 """Numerical parity, as a table: what a fast decoder loses against float64, beside what FrEIA loses in that precision.
 
 The yardstick is FrEIA's own rounding error on the same inputs, in log p / D:
-    fp32, tf32   maximum at most 1.5 times FrEIA's in fp32, and under 3e-6 max(1, |log p / D|)
+    fp32, tf32   maximum at most 1.5 times FrEIA's in fp32; relative to max(1, |log p / D|) under 3e-6, or under 1.5
+                 times FrEIA's where a trained decoder takes FrEIA itself over that (log p / D below -1000 on defects)
     bf16         RMS at most 0.9 times and maximum at most 1 times FrEIA's under bf16 autocast, Spearman >= 0.9995
 """
 
@@ -116,7 +117,7 @@ def _failures(kind: str, ours: Error, theirs: Error) -> list[str]:
     if kind == "fp32":
         limits = [
             ("maximum / FrEIA's", ours.maximum / max(theirs.maximum, 1e-300), FP32_RATIO),
-            ("maximum / max(1, |log p / D|)", ours.bounded, FP32_BOUND),
+            ("maximum / max(1, |log p / D|)", ours.bounded, max(FP32_BOUND, FP32_RATIO * theirs.bounded)),
         ]
     else:
         limits = [
@@ -140,7 +141,7 @@ def random_case(
 ) -> Case:
     """A decoder whose scales, offsets and weights are far from initial ones, and features beyond a unit Gaussian.
 
-    size: (B, H, W) of the feature maps; about 1200 positions for narrow decoders, 300 for wide ones when None.
+    size: (B, H, W) of the feature maps; when None 4800 positions for narrow decoders, down to 308 for the widest.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -153,21 +154,33 @@ def random_case(
             clamp=clamp,
         )
         roughen(decoder)
-        batch, height, width = size or ((2, 11, 14) if features >= 512 else (2, 24, 25))
+        batch, height, width = size or _enough_positions(features)
         maps = 1.3 * torch.randn(batch, features, height, width)
     permutation = "soft" if permute_soft else "hard"
     name = f"D={features} {permutation}, {'C=' + str(condition) if condition else 'unconditional'}, {activation}, "
     return Case(name + f"{global_affine_type}, {clamp}", decoder.to(device), maps.to(device))
 
 
+def _enough_positions(features: int) -> tuple[int, int, int]:
+    """For the maximum of an error to say something: it scatters less the more positions and features there are."""
+    if features < 512:
+        return 8, 24, 25
+    return (4, 16, 18) if features < 2048 else (2, 11, 14)
+
+
 @torch.no_grad()
 def roughen(decoder: FlowDecoder) -> None:
-    """Random parameters of the sizes that long training may reach, drawn from the global generator."""
-    for block in decoder.blocks:
-        block.global_scale.add_(0.5 * torch.randn_like(block.global_scale) * _scale_spread(decoder))  # type: ignore[operator,union-attr]
-        block.global_offset.normal_(0, 0.1)  # type: ignore[operator,union-attr]
-        for layer, spread in ((block.subnet[0], 1.0), (block.subnet[2], 1.5)):  # type: ignore[index]
-            layer.weight.normal_(0, spread / math.sqrt(layer.in_features))
+    """Random parameters of the sizes that long training may reach, drawn from the global generator.
+
+    Any larger and the flow turns chaotic: a single feature vector then decides every maximum, for us and for FrEIA.
+    So an unconditional subnet weighs its features as if the usual 128 condition channels were beside them.
+    """
+    blocks: Any = decoder.blocks
+    for block in blocks:
+        block.global_scale.add_(0.5 * torch.randn_like(block.global_scale) * _scale_spread(decoder))
+        block.global_offset.normal_(0, 0.1)
+        for layer, inputs in ((block.subnet[0], block.passive + 128), (block.subnet[2], decoder.hidden)):
+            layer.weight.normal_(0, 1 / math.sqrt(inputs))
             layer.bias.normal_(0, 0.1)
 
 
@@ -224,7 +237,7 @@ class EmulatedAutocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.linear:
             return func(*args, **(kwargs or {}))
-        rounded = [None if tensor is None else tensor.bfloat16().float() for tensor in args]
+        rounded: list[Any] = [None if tensor is None else tensor.bfloat16().float() for tensor in args]
         return func(*rounded, **(kwargs or {})).bfloat16()
 
 

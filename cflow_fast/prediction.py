@@ -17,7 +17,7 @@ class Defect:
     bottom: int  # exclusive
     right: int  # exclusive
     area: int
-    score: float  # largest anomaly inside
+    score: float  # largest anomaly inside, over what is finite; NaN where nothing is
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -46,7 +46,7 @@ def make_prediction(
     """An alarm is a value strictly above its threshold."""
     finite = np.isfinite(anomaly_map)
     non_finite = int(anomaly_map.size - np.count_nonzero(finite))
-    score = float(anomaly_map[finite].max()) if finite.any() else float("nan")
+    score = _highest(anomaly_map)
     if image_threshold is None or pixel_threshold is None:
         return Prediction(anomaly_map, score, None, None, (), non_finite)
     mask = ~finite
@@ -57,6 +57,14 @@ def make_prediction(
 
 def _defects(mask: np.ndarray, anomaly_map: np.ndarray) -> tuple[Defect, ...]:
     """Largest first."""
-    regions = regionprops(label(mask, connectivity=2), intensity_image=anomaly_map)
-    found = [Defect(*region.bbox, int(region.area), float(region.intensity_max)) for region in regions]
+    found = []
+    for region in regionprops(label(mask, connectivity=2)):
+        top, left, bottom, right = region.bbox
+        highest = _highest(anomaly_map[region.slice][region.image])
+        found.append(Defect(top, left, bottom, right, int(region.area), highest))
     return tuple(sorted(found, key=lambda defect: -defect.area))
+
+
+def _highest(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if finite.size else float("nan")

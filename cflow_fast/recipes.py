@@ -84,12 +84,12 @@ PRESETS = {
     ),
     # Few large steps on features computed once.
     "fast": Recipe(
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         epochs=1,
         passes=1,
         images=None,
         vectors=1024,
-        steps=1000,
+        steps=400,
         drop_remainder=False,
         warmup_epochs=0.05,
         warmup_from=0.1,

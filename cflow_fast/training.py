@@ -181,7 +181,8 @@ class Trainer:
         parts: list[list[Tensor]] = [[] for _ in self.decoders]
         kept: list[Tensor] = []
         sizes: list[tuple[int, int]] = []
-        angles = self._random("rotations", self.position.epoch, self.position.passed)
+        at = self.position
+        angles = self._random("rotations", at.epoch, at.passed, at.group)
         for images in self.load(indices):
             features = self.model.features(self._rotated(images, angles))
             if not kept:
@@ -246,7 +247,7 @@ class _Vectors:
 
 def training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Everything but the model that a run needs in order to go on: tensors and JSON strings."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for scale, optimizer in enumerate(trainer.optimizers):
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"{scale}.{index}.{name}": torch.as_tensor(value).cpu() for name, value in values.items()}

@@ -18,12 +18,12 @@ def anomaly_map(log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequ
 
     maxima given: p is capped at 1 and M is the number of scales, so an image's map depends on that image alone.
     maxima None: each scale's maximum over all that is given, and M the maximum of the resulting sum (the published
-    normalisation). Positions that are not finite stay not finite and are left out of every maximum.
+    normalisation). Positions that are not finite become NaN and are left out of every maximum.
     """
     total = torch.zeros(())
     for scale, log_prob in enumerate(log_probs):
         peak = _finite_max(log_prob) if maxima is None else maxima[scale]
-        probability = torch.exp(log_prob - peak)
+        probability = torch.exp(log_prob - peak).masked_fill_(~log_prob.isfinite(), torch.nan)
         if maxima is not None:
             probability = probability.clamp(max=1.0)
         upsampled = F.interpolate(probability.unsqueeze(1), size=size, mode="bilinear", align_corners=True).squeeze(1)

@@ -1,0 +1,50 @@
+"""A model small enough to be trained many times, and a category of images to train and test it on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import calibrated_model, save_image, texture
+
+from cflow_fast.model import CFlowAD
+
+GOOD_IMAGES = 12
+
+
+@pytest.fixture(scope="session")
+def category(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A category in MVTec AD's layout, of images of two sizes: 12 to train on, 3 good ones and 3 scratched to test on.
+
+    Shared by all tests: copy it before changing it.
+    """
+    root = tmp_path_factory.mktemp("data") / "cloth"
+    random = np.random.default_rng(0)
+    for number in range(GOOD_IMAGES):
+        save_image(root / f"train/good/{number:03}.png", texture(random))
+    for number, size in enumerate([(64, 64), (48, 80), (64, 64)]):
+        save_image(root / f"test/good/{number:03}.png", texture(random, size))
+        pixels, mask = texture(random, size), np.zeros(size, np.uint8)
+        mask[20:30, 12:40] = 255
+        pixels[mask > 0] = (250, 20, 20)
+        save_image(root / f"test/scratch/{number:03}.png", pixels)
+        save_image(root / f"ground_truth/scratch/{number:03}_mask.png", mask)
+    return root
+
+
+@pytest.fixture(scope="session")
+def good_paths(category: Path) -> list[Path]:
+    return sorted((category / "train/good").iterdir())
+
+
+@pytest.fixture(scope="session")
+def _calibrated(good_paths: list[Path]) -> CFlowAD:
+    return calibrated_model(good_paths)
+
+
+@pytest.fixture
+def model(_calibrated: CFlowAD) -> CFlowAD:
+    """A tiny model with maxima and thresholds from good images; the test may change it."""
+    return copy.deepcopy(_calibrated)

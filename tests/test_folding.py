@@ -1,0 +1,198 @@
+"""Folding changes no likelihood: every simplification is exact in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cflow_fast import FlowDecoder
+from cflow_fast.decoder import random_rotation
+from cflow_fast.folding import _CosineSine, _orthogonalised, fold_weights
+from cflow_fast.kernels.products import MatmulProducts
+from cflow_fast.kernels.weights import HardMixing, SoftMixing
+from cflow_fast.parity import roughen
+
+
+def exact_decoder(features: int, condition: int = 8, **options: Any) -> FlowDecoder:
+    """Rough parameters in float64; rotations orthogonal to float64, not to the float32 that they were drawn in."""
+    torch.manual_seed(5)
+    decoder = FlowDecoder(features, condition, **({"coupling_blocks": 4} | options))
+    roughen(decoder)
+    decoder.double()
+    blocks: Any = decoder.blocks
+    for block in blocks:
+        if block.permute_soft:
+            block.rotation = torch.linalg.qr(block.rotation).Q
+    return decoder
+
+
+def assert_folds_exactly(decoder: FlowDecoder) -> None:
+    folded = decoder.fold("fp64")
+    maps = 1.3 * torch.randn(2, decoder.features, 3, 5, dtype=torch.float64)
+    z = 1.3 * torch.randn(9, decoder.features, dtype=torch.float64)
+    c = [torch.randn(9, decoder.condition, dtype=torch.float64)] if decoder.condition else None
+    with torch.no_grad():
+        pairs = [
+            (folded.log_prob(maps), decoder.log_prob(maps)),
+            (folded.log_prob(z, c[0] if c else None), decoder.log_prob(z, c[0] if c else None)),
+            *zip(folded(z, c), decoder(z, c), strict=True),
+        ]
+    for ours, expected in pairs:
+        assert ours.dtype == torch.float64
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("features", [2, 3, 40, 41])
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("condition", [0, 8])
+@pytest.mark.parametrize("clamp", ["tanh(s)", "tanh(s/alpha)"])
+def test_fold_is_exact(features: int, permute_soft: bool, condition: int, clamp: str) -> None:
+    assert_folds_exactly(exact_decoder(features, condition, permute_soft=permute_soft, clamp=clamp))
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("global_affine_type", ["SOFTPLUS", "SIGMOID", "EXP"])
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+def test_fold_is_exact_for_every_affine_and_activation(
+    permute_soft: bool, global_affine_type: str, activation: str
+) -> None:
+    options: dict[str, Any] = {
+        "permute_soft": permute_soft,
+        "global_affine_type": global_affine_type,
+        "activation": activation,
+    }
+    assert_folds_exactly(exact_decoder(13, **options))
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("coupling_blocks", [1, 2, 8])
+def test_fold_is_exact_for_any_number_of_blocks(permute_soft: bool, coupling_blocks: int) -> None:
+    assert_folds_exactly(exact_decoder(10, permute_soft=permute_soft, coupling_blocks=coupling_blocks, hidden=5))
+
+
+def _halves_apart(size: int) -> Tensor:
+    half = size - size // 2
+    return torch.block_diag(random_rotation(half), random_rotation(size // 2)).double()
+
+
+@pytest.mark.parametrize("features", [12, 13])
+@pytest.mark.parametrize("matrix", ["halves that map onto themselves", "identity", "permutation"])
+def test_soft_permutation_without_a_decomposition_folds_as_a_matrix(features: int, matrix: str) -> None:
+    decoder = exact_decoder(features, permute_soft=True)
+    blocks: Any = decoder.blocks
+    blocks[1].rotation = {
+        "halves that map onto themselves": torch.linalg.qr(_halves_apart(features)).Q,
+        "identity": torch.eye(features, dtype=torch.float64),
+        "permutation": torch.eye(features, dtype=torch.float64)[torch.randperm(features)],
+    }[matrix]
+    mixing = fold_weights(decoder, torch.float64).mixing
+    assert isinstance(mixing, SoftMixing)
+    assert mixing.matrices == 4
+    assert_folds_exactly(decoder)
+
+
+def test_matrices_and_rotations_agree_within_one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for matrices in range(5):
+        monkeypatch.setattr("cflow_fast.folding._matrices", lambda decoder, storage, count=matrices: count)
+        for features in (10, 11):
+            decoder = exact_decoder(features, permute_soft=True)
+            mixing = fold_weights(decoder, torch.float64).mixing
+            assert isinstance(mixing, SoftMixing)
+            assert (mixing.matrices, len(mixing.cosine)) == (matrices, 4 - matrices)
+            assert_folds_exactly(decoder)
+
+
+@pytest.mark.parametrize("size", [2, 3, 40, 41, 160])
+def test_cosine_sine_decomposition_is_one(size: int) -> None:
+    torch.manual_seed(0)
+    matrix = random_rotation(size).double()
+    h, d = size - size // 2, size // 2
+    parts = _CosineSine(matrix, h)
+    for factor, n in ((parts.u1, h), (parts.u2, d), (parts.v1, h), (parts.v2, d)):
+        torch.testing.assert_close(factor @ factor.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(parts.cosine**2 + parts.sine**2, torch.ones(d, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(parts.product(), matrix, rtol=0, atol=1e-7)
+
+
+def test_rounded_rotation_becomes_orthogonal_by_moves_under_its_rounding() -> None:
+    torch.manual_seed(0)
+    for rounding, atol in ((torch.float32, 3e-8), (torch.float16, 1e-3)):
+        rounded = random_rotation(96).to(rounding).double()
+        exact = _orthogonalised(rounded)
+        torch.testing.assert_close(exact @ exact.T, torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(exact, rounded, rtol=0, atol=atol)
+
+
+def test_fold_of_a_soft_permutation_holds_three_quarters_of_it() -> None:
+    mixing = fold_weights(exact_decoder(40, permute_soft=True, coupling_blocks=8), torch.float32).mixing
+    assert isinstance(mixing, SoftMixing)
+    rotations = sum(matrix.numel() for matrix in (mixing.passive, mixing.active, mixing.output, mixing.passive_output))
+    assert mixing.matrix.numel() == 0
+    assert rotations == (3 * 8 + 1) * 20 * 20
+
+
+def test_fold_of_hard_permutations_holds_indices_alone() -> None:
+    mixing = fold_weights(exact_decoder(40), torch.float32).mixing
+    assert isinstance(mixing, HardMixing)
+    assert max(tensor.dim() for tensor in vars(mixing).values()) == 2
+    assert {tensor.shape[-1] for tensor in vars(mixing).values()} == {20, 40}
+
+
+def test_half_of_a_wide_bf16_decoders_permutations_are_rotations() -> None:
+    wide = FlowDecoder(1024, 0, 2, permute_soft=True, hidden=4)
+    narrow = FlowDecoder(512, 0, 2, permute_soft=True, hidden=4)
+    mixings = [fold_weights(decoder, torch.bfloat16).mixing for decoder in (wide, narrow)]
+    assert [mixing.matrices for mixing in mixings if isinstance(mixing, SoftMixing)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("storage", "vectors"), [(torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize("permute_soft", [False, True])
+def test_matrices_are_stored_in_the_precision_and_vectors_in_float32_at_least(
+    storage: torch.dtype, vectors: torch.dtype, permute_soft: bool
+) -> None:
+    weights = fold_weights(exact_decoder(10, permute_soft=permute_soft), storage)
+    assert (weights.operand_dtype, weights.state_dtype) == (storage, vectors)
+    for name, tensor in weights.tensors().items():
+        is_matrix = name.removeprefix("mixing_") in (
+            "w1", "w1_condition", "w2", "matrix", "passive", "active", "output", "passive_output"
+        )  # fmt: skip
+        expected = storage if is_matrix else vectors
+        assert tensor.dtype == (expected if tensor.is_floating_point() else torch.int32), name
+
+
+@pytest.mark.parametrize(("permute_soft", "in_likelihood", "in_u"), [(True, 3, 4), (False, 0, 0)])
+def test_last_permutation_is_left_out_of_a_likelihood(
+    permute_soft: bool, in_likelihood: int, in_u: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    product = MatmulProducts.product
+
+    def recorded(self: MatmulProducts, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        made.append(name)
+        return product(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(MatmulProducts, "product", recorded)
+    folded = exact_decoder(10, permute_soft=permute_soft).fold("fp64")
+    z, c = torch.randn(3, 10), torch.randn(3, 8)
+    folded.log_prob(z, c)
+    assert made.count("output") == in_likelihood
+    made.clear()
+    folded(z, [c])
+    assert made.count("output") == in_u
+
+
+def test_fold_leaves_the_decoder_and_the_threads_as_they_are() -> None:
+    decoder = exact_decoder(10, permute_soft=True)
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    threads = torch.get_num_threads()
+    folded = decoder.fold("fp64")
+    assert torch.get_num_threads() == threads
+    for tensor in folded.buffers():
+        tensor.zero_()
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -1,0 +1,224 @@
+"""Folded decoders lose no more to rounding than FrEIA does, at every size; and the yardstick can turn red."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cflow_fast import FlowDecoder, parity
+from cflow_fast.folding import fold_weights
+from cflow_fast.kernels import torch_flow
+from cflow_fast.kernels.weights import FlowWeights
+from cflow_fast.parity import Case, Error, check, measure, model_cases, random_case, roughen
+
+CPU = torch.device("cpu")
+
+
+def assert_green(case: Case, reference: str = "FrEIA") -> None:
+    rows = list(check(case))
+    assert [row.precision for row in rows] == ["fp32", "bf16"]
+    for row in rows:
+        assert row.reference == reference
+        assert row.passed, f"{row.case} {row.precision}: {'; '.join(row.failures)}"
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("features", parity.SIZES)
+def test_fold_is_as_accurate_as_freia(features: int, permute_soft: bool) -> None:
+    assert_green(random_case(features, permute_soft))
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("features", [41, 64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"condition": 0},
+        {"activation": "softplus"},
+        {"global_affine_type": "SIGMOID"},
+        {"global_affine_type": "EXP"},
+        {"condition": 0, "activation": "softplus", "global_affine_type": "EXP"},
+    ],
+    ids=lambda options: ", ".join(map(str, options.values())),
+)
+def test_fold_of_every_variant_is_as_accurate_as_freia(
+    features: int, permute_soft: bool, options: dict[str, Any]
+) -> None:
+    assert_green(random_case(features, permute_soft, **options))
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("features", [41, 64])
+def test_fold_of_the_second_clamp_is_as_accurate_as_the_unfolded_decoder(features: int, permute_soft: bool) -> None:
+    case = random_case(features, permute_soft, clamp="tanh(s/alpha)")
+    assert_green(case, reference="unfolded (FrEIA's release has another clamp)")
+
+
+def test_case_is_far_from_the_initial_parameters() -> None:
+    """Or the comparison would be of a decoder that does next to nothing."""
+    case = random_case(64)
+    untrained = FlowDecoder(64).state_dict()
+    for name, tensor in case.decoder.state_dict().items():
+        if tensor.is_floating_point():
+            assert (tensor - untrained[name]).square().mean().sqrt() > 0.02, name
+    assert (case.decoder.log_prob(case.features) / 64).std() > 0.1
+
+
+def test_case_is_drawn_by_its_seed_and_leaves_the_global_generator() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first, second, other = random_case(41), random_case(41), random_case(41, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.features, second.features)
+    assert not torch.equal(first.features, other.features)
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+def test_emulated_autocast_is_the_real_one_but_for_the_order_of_sums(permute_soft: bool, activation: str) -> None:
+    case = random_case(64, permute_soft, activation=activation, size=(1, 12, 20))
+    freia: Any = case.decoder.to_freia().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        real = parity._log_prob_per_dimension(freia, case)
+    with parity.EmulatedAutocast():
+        emulated = parity._log_prob_per_dimension(freia, case)
+    in_fp32 = parity._log_prob_per_dimension(freia, case)
+    assert (real == emulated).double().mean() > 0.9
+    deviation, difference = measure(real, in_fp32), measure(emulated, real)
+    assert difference.rms < 0.2 * deviation.rms
+    assert measure(emulated, in_fp32).rms == pytest.approx(deviation.rms, rel=0.03)
+    assert measure(emulated, in_fp32).maximum == pytest.approx(deviation.maximum, rel=0.1)
+
+
+def test_autocast_is_emulated_only_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast in (False, True):
+        monkeypatch.setattr("cflow_fast.parity.multiplies_bf16", lambda device, fast=fast: fast)
+        assert isinstance(parity._autocast(CPU), torch.autocast if fast else parity.EmulatedAutocast)
+
+
+# Faults
+
+
+def _scaled(field: str, factor: float) -> Callable[[FlowWeights], FlowWeights]:
+    def fault(weights: FlowWeights) -> FlowWeights:
+        tensor = getattr(weights, field).clone()
+        tensor[3] *= factor
+        return dataclasses.replace(weights, **{field: tensor})
+
+    return fault
+
+
+def _one_weight(weights: FlowWeights) -> FlowWeights:
+    w1 = weights.w1.clone()
+    w1[2, 5, 7] += 0.3
+    return dataclasses.replace(weights, w1=w1)
+
+
+FAULTS = {
+    "one block's first layer is 1e-4 larger": (_scaled("w1", 1 + 1e-4), ["fp32"]),
+    "one block's second layer is 1e-4 larger": (_scaled("w2", 1 + 1e-4), ["fp32"]),
+    "one weight is wrong": (_one_weight, ["fp32"]),
+    "the clamp is 5% off": (lambda w: dataclasses.replace(w, clamp=1.05 * w.clamp), ["fp32", "bf16"]),
+    "a bias is missing": (_scaled("b1", 0.0), ["fp32", "bf16"]),
+    "the scale's constant is missing": (lambda w: dataclasses.replace(w, log_scale=0.0), ["fp32", "bf16"]),
+}
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_turns_the_row_red(fault: str, permute_soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, shown_in = FAULTS[fault]
+    monkeypatch.setattr(
+        "cflow_fast.folded.fold_weights", lambda decoder, storage: plant(fold_weights(decoder, storage))
+    )
+    red = [row.precision for row in check(random_case(64, permute_soft)) if not row.passed]
+    assert red == shown_in
+
+
+def test_swapped_axes_turn_every_row_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = torch_flow.positional_tables
+
+    def swapped(weights: FlowWeights, encoding: tuple[Tensor, Tensor], operand_dtype: torch.dtype) -> Any:
+        right = tables(weights, encoding[::-1], operand_dtype)
+        return torch_flow.PositionalTables(right.columns, right.rows)
+
+    monkeypatch.setattr(torch_flow, "positional_tables", swapped)
+    assert not any(row.passed for row in check(random_case(64)))
+
+
+def test_result_that_is_not_finite_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cflow_fast.folded.fold_weights", lambda *args: _scaled("w2", math.nan)(fold_weights(*args)))
+    assert [row.failures for row in check(random_case(64))] == [["not finite"], ["not finite"]]
+
+
+# What is measured, and what is told
+
+
+def test_errors_are_those_of_their_definition() -> None:
+    exact = torch.tensor([[1.0, -2.0], [-4000.0, 3.0]])
+    error = measure(exact + torch.tensor([[0.1, 0.0], [4.0, -0.2]], dtype=torch.float64), exact)
+    assert error.maximum == pytest.approx(4.0)
+    assert error.rms == pytest.approx(math.sqrt((0.01 + 16 + 0.04) / 4))
+    assert error.bounded == pytest.approx(0.1)
+    assert error.spearman == pytest.approx(1.0)
+    assert measure(exact.flip(0), exact).spearman == pytest.approx(-0.6)
+
+
+NO_ERROR = Error(0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "theirs", "failures"),
+    [
+        ("fp32", Error(1.5e-6, 1.0, 3e-6, 0.0), Error(1e-6, 0, 0, 1), 0),
+        ("fp32", Error(1.6e-6, 0.0, 1e-6, 1.0), Error(1e-6, 0, 0, 1), 1),
+        ("fp32", Error(1e-6, 0.0, 3.1e-6, 1.0), Error(1e-6, 0, 0, 1), 1),
+        ("fp32", NO_ERROR, NO_ERROR, 0),
+        ("bf16", Error(0.01, 0.009, 1.0, 0.9996), Error(0.01, 0.01, 0, 1), 0),
+        ("bf16", Error(0.01, 0.0091, 1.0, 0.9996), Error(0.01, 0.01, 0, 1), 1),
+        ("bf16", Error(0.011, 0.009, 1.0, 0.9994), Error(0.01, 0.01, 0, 1), 2),
+        ("bf16", Error(math.nan, math.nan, math.nan, math.nan), Error(0.01, 0.01, 0, 1), 1),
+    ],
+)
+def test_yardstick_is_at_its_numbers(kind: str, ours: Error, theirs: Error, failures: int) -> None:
+    assert len(parity._failures(kind, ours, theirs)) == failures
+
+
+def test_rows_can_be_written_as_json() -> None:
+    rows = [row.as_dict() for row in check(random_case(41, size=(1, 2, 3)), ["fp32"])]
+    (told,) = json.loads(json.dumps(rows))
+    assert told["case"] == "D=41 hard, C=128, relu, SOFTPLUS, tanh(s)"
+    assert (told["backend"], told["precision"], told["reference"]) == ("torch", "fp32", "FrEIA")
+    assert told["passed"] == (not told["failures"])
+    assert told["ours"].keys() == {"maximum", "rms", "bounded", "spearman"}
+
+
+def test_without_freia_the_unfolded_decoder_is_the_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "FrEIA.framework", None)
+    assert_green(random_case(64), reference="unfolded (FrEIA is not installed)")
+
+
+def test_decoders_of_a_model_are_checked_on_their_own_samples() -> None:
+    decoders = []
+    for features in (12, 20):
+        torch.manual_seed(features)
+        decoders.append(FlowDecoder(features, 8, 4))
+        roughen(decoders[-1])
+    cases = model_cases(decoders, [(6, 5), (3, 4)])
+    assert [case.name for case in cases] == ["scale 1, D=12", "scale 2, D=20"]
+    assert [case.features.shape for case in cases] == [(3, 12, 6, 5), (3, 20, 3, 4)]
+    for case in cases:
+        usual, _, unusual = (case.decoder.log_prob(case.features) / case.decoder.features).flatten(1).mean(1).tolist()
+        assert unusual < usual
+        assert next(iter(check(case))).passed
+    again = model_cases(decoders, [(6, 5), (3, 4)])
+    assert torch.equal(again[1].features, cases[1].features)

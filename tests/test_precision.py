@@ -1,0 +1,58 @@
+"""Precisions are resolved by what the hardware multiplies, and what is taken is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cflow_fast.precision import PRECISIONS, arithmetic, cpu_has, multiplies_bf16, resolve_precision
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.fixture(params=[False, True])
+def bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr("cflow_fast.precision.cpu_has", lambda feature: request.param and feature == "amx_bf16")
+    return bool(request.param)
+
+
+def test_auto_takes_bf16_only_where_it_is_multiplied(bf16: bool) -> None:
+    assert multiplies_bf16(CPU) == bf16
+    assert resolve_precision("auto", CPU) == ("bf16" if bf16 else "fp32")
+    assert resolve_precision("auto", CPU, torch.float64) == "fp64"
+
+
+def test_bf16_is_never_multiplied_where_it_is_slow(bf16: bool) -> None:
+    taken = arithmetic("bf16", CPU)
+    assert taken.storage == torch.bfloat16
+    assert taken.operands == (torch.bfloat16 if bf16 else torch.float32)
+    assert ("multiplied in fp32" in str(taken)) == (not bf16)
+
+
+def test_explicit_precisions_are_kept() -> None:
+    for precision in PRECISIONS[1:]:
+        assert resolve_precision(precision, CPU) == precision
+        assert arithmetic(precision, CPU).precision == precision
+    assert arithmetic("fp64", CPU).operands == torch.float64
+    assert str(arithmetic("fp32", CPU)) == "fp32"
+    assert str(arithmetic("tf32", CPU)) == "tf32 (no tf32 on this cpu: fp32)"
+
+
+def test_device_of_unknown_abilities_has_no_bf16() -> None:
+    assert not multiplies_bf16(META)
+    assert "this meta has no bf16" in str(arithmetic("bf16", META))
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="precision is one of auto, fp64, fp32, tf32, bf16, got 'int8'"):
+        resolve_precision("int8", CPU)
+
+
+def test_cpu_that_has_avx512_has_avx2() -> None:
+    assert cpu_has("avx2") or not cpu_has("avx512")
+    assert cpu_has("avx512") or not cpu_has("avx512_bf16")
+
+
+def test_feature_that_pytorch_cannot_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cflow_fast.precision._CPU_QUERIES", {"avx512": "_no_such_query"})
+    assert not cpu_has("avx512")

@@ -1,0 +1,90 @@
+"""On MVTec AD's bottle with a real ImageNet encoder: accuracy, the thresholds' promise, parity of trained decoders.
+
+CFLOW_FAST_DATA names a folder with mvtec/bottle, CFLOW_FAST_WEIGHTS one with resnet18_to_layer3.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+from cflow_fast import CFlowAD
+from cflow_fast.datasets import MVTecCategory, load_images
+from cflow_fast.evaluation import Evaluation, evaluate
+from cflow_fast.fitting import Fit
+from cflow_fast.parity import Case, check
+from cflow_fast.recipes import PRESETS
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not (os.environ.get("CFLOW_FAST_DATA") and os.environ.get("CFLOW_FAST_WEIGHTS")),
+        reason="needs MVTec AD's bottle and encoder weights: set CFLOW_FAST_DATA and CFLOW_FAST_WEIGHTS",
+    ),
+]
+
+MINUTES = 10
+
+
+@pytest.fixture(scope="module")
+def bottle() -> MVTecCategory:
+    return MVTecCategory(Path(os.environ["CFLOW_FAST_DATA"]) / "mvtec" / "bottle")
+
+
+@pytest.fixture(scope="module")
+def fitted(bottle: MVTecCategory) -> Fit:
+    torch.manual_seed(0)
+    weights = Path(os.environ["CFLOW_FAST_WEIGHTS"]) / "resnet18_to_layer3.safetensors"
+    model = CFlowAD("resnet18", ("layer1", "layer2", "layer3"), encoder_weights=weights)
+    start = time.perf_counter()
+    fit = Fit(model, bottle.train, PRESETS["fast"])
+    assert fit.run()
+    print(f"\ntrained and calibrated in {time.perf_counter() - start:.0f} s")
+    assert time.perf_counter() - start < 60 * MINUTES
+    return fit
+
+
+@pytest.fixture(scope="module")
+def evaluation(fitted: Fit, bottle: MVTecCategory) -> Evaluation:
+    evaluation = evaluate(fitted.model, bottle.test)
+    print(f"\n{evaluation.metrics()}, {evaluation.false_alarms} false alarms, {evaluation.missed} missed")
+    return evaluation
+
+
+def test_bottle_reaches_the_published_accuracy(evaluation: Evaluation) -> None:
+    assert evaluation.image_auroc >= 0.99
+    assert evaluation.pixel_auroc >= 0.977
+    assert evaluation.aupro >= 0.93
+
+
+def test_false_alarms_on_fresh_good_images_keep_the_promise(fitted: Fit, evaluation: Evaluation) -> None:
+    promised = float(fitted.model.false_alarm_rate)
+    assert promised <= 0.05
+    assert evaluation.false_alarms is not None
+    assert binom.sf(evaluation.false_alarms - 1, evaluation.good, promised) > 0.001
+
+
+def test_scores_do_not_depend_on_the_batch(fitted: Fit, bottle: MVTecCategory) -> None:
+    paths = [sample.path for sample in bottle.test[::7]]
+    together = [p.score for p in fitted.model.predict(paths, batch_size=5)]
+    alone = [fitted.model.predict(path)[0].score for path in paths]
+    backwards = [p.score for p in fitted.model.predict(paths[::-1], batch_size=4)][::-1]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(together, backwards, atol=1e-6)
+
+
+def test_trained_decoders_agree_with_float64(fitted: Fit, bottle: MVTecCategory) -> None:
+    """On real features, those of defects among them, where log p / D is far below anything that was trained on."""
+    model = fitted.model
+    paths = [sample.path for sample in bottle.test if sample.is_defective][:3]
+    batch = next(iter(load_images(paths, model.image_size, on_skip=lambda path, reason: pytest.fail(reason))))
+    for scale, features in enumerate(model.features(batch.images)):
+        case = Case(f"scale {scale + 1}", model.decoders[scale], features.contiguous())
+        rows = list(check(case))
+        assert [row.failures for row in rows] == [[] for _ in rows], rows
