@@ -10,12 +10,13 @@ TYPED := build/typed
 demo: $(READY)
 	$(BIN)/cflow-fast demo --output demo-output
 
+# One thread in each of as many processes as there are cores: threads of several tests would only wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # Trains on MVTec AD's bottle. CFLOW_FAST_DATA: a folder with mvtec/bottle; CFLOW_FAST_WEIGHTS: one with encoder weights.
 test-real: $(READY)
-	$(BIN)/python -m pytest -m real -rs
+	$(BIN)/python -m pytest -m real -rs -s
 
 lint: $(READY)
 	$(BIN)/ruff check .
