@@ -1,8 +1,8 @@
 """A trained model in one safetensors file: weights of encoder and decoders, calibration, and how to rebuild them.
 
-The metadata holds `format`, `version` and `model` (the constructor's options as JSON); the tensors are the module's
-state dict, so the encoder's weights and normalisation, the maxima and the thresholds travel with it. Hard permutations
-are stored as indices. Nothing in the file is ever executed.
+The metadata holds `format`, `version`, `resize` and, as JSON, the constructors' options of `model` and `decoders`; the
+tensors are the module's state dict, so the encoder's weights and normalisation, the maxima and the thresholds travel
+with it. Hard permutations are stored as indices. Nothing in the file is ever executed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from cflow_fast.decoder import FlowDecoder
 from cflow_fast.errors import CFlowFastError, ModelFileError
 from cflow_fast.files import atomic_path
 
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 
 FORMAT = "cflow_fast model"
 VERSION = "1"
+RESIZE = "stretch to image_size, bilinear, antialiased"
+"""How images come to the model's size; a file that was written under another rule is refused."""
 
 
 def save_model(model: CFlowAD, path: str | os.PathLike[str]) -> None:
     """See CFlowAD.save. Raises CFlowFastError when the file cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(model.options)}
+    decoders = [decoder.options for decoder in model.decoders]
+    metadata = {"format": FORMAT, "version": VERSION, "resize": RESIZE}
+    metadata |= {"model": json.dumps(model.options), "decoders": json.dumps(decoders)}
     write_tensors(path, tensors, metadata)
 
 
@@ -46,11 +51,15 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
             f"{path} is a model of version {metadata.get('version')}, this package reads version {VERSION}: "
             "train it anew, or install the package that wrote it"
         )
+    if metadata.get("resize") != RESIZE:
+        raise ModelFileError(f"{path} resizes images by {metadata.get('resize')!r}, which is not known: train it anew")
     try:
-        options = json.loads(metadata["model"])
+        options, decoders = json.loads(metadata["model"]), json.loads(metadata["decoders"])
         options["image_size"] = tuple(options["image_size"])
         with torch.inference_mode(False):  # wherever it is loaded: its parameters have to tell when they change
             model = CFlowAD(**options, pretrained=False)
+            if decoders != [decoder.options for decoder in model.decoders]:  # one was exchanged for another dialect
+                model.decoders = nn.ModuleList(FlowDecoder(**decoder) for decoder in decoders)
             model.load_state_dict(tensors)
             model.encoder.source = f"file {os.fspath(path)}"
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """The PyTorch implementation of a folded decoder: from feature maps or loose rows to log-likelihoods.
 
 It lays the features out as the chosen products want them, adds up the positional tables and works through the rows
-in chunks, so that the hidden layer (chunk x m) stays in the processor's cache instead of growing with the batch.
+in chunks, so that the hidden layer (chunk x m) does not grow with the batch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from cflow_fast.kernels.flow import FlowResult, run_flow
 from cflow_fast.kernels.products import MatmulProducts, OneDnnProducts
 from cflow_fast.kernels.weights import FlowWeights
 
-CHUNK_ROWS = {torch.device("cpu").type: 2048}
-"""Rows worked on at once. On a GPU memory is the only bound; there the hidden layer of a chunk stays under 300 MB."""
-
+CPU_CHUNK_ROWS = 2048
+"""Rows worked on at once: enough that the threads' meeting after every operation costs little."""
 GPU_CHUNK_ROWS = 32768
+"""There memory is the only bound: the widest hidden layer of WideResNet-50's decoders stays under 310 MB in fp32."""
 MAX_TABLES = 8
 """Sizes of feature maps whose positional tables are kept; the oldest is dropped first."""
 
@@ -39,7 +39,7 @@ class TorchFlow:
         self.weights = weights
         self.operand_dtype = operand_dtype
         self.products: MatmulProducts | OneDnnProducts = (
-            OneDnnProducts(weights, operand_dtype, CHUNK_ROWS["cpu"] // 2)
+            OneDnnProducts(weights, operand_dtype, CPU_CHUNK_ROWS // 2)
             if packed
             else MatmulProducts(weights, operand_dtype)
         )
@@ -111,7 +111,7 @@ class TorchFlow:
         return tables
 
     def _chunk_rows(self, device: torch.device) -> int:
-        return CHUNK_ROWS.get(device.type, GPU_CHUNK_ROWS)
+        return CPU_CHUNK_ROWS if device.type == "cpu" else GPU_CHUNK_ROWS
 
 
 def positional_tables(

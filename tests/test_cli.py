@@ -206,6 +206,7 @@ def test_info_says_what_a_model_is(model: CFlowAD, model_path: Path) -> None:
         assert text in result.stdout
     facts = json.loads(run("info", model_path, "--json").stdout, parse_constant=pytest.fail)
     assert facts["image threshold"] == model.image_threshold
+    assert facts["promised false alarm rate"] == 0.2
     assert facts["largest log p / D"] == pytest.approx(model.log_prob_max.tolist(), abs=1e-4)
     assert facts["decoder parameters"] == sum(parameter.numel() for parameter in model.decoders.parameters())
 

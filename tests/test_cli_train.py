@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli import TINY_OPTIONS, files, run, train
 from tiny import same_tensors
 
@@ -70,7 +72,8 @@ def test_another_seed_trains_another_model(trained: tuple[CFlowAD, str], categor
     assert train(category, tmp_path / "m.safetensors", "--seed", 1).exit_code == 0
     other = CFlowAD.load(tmp_path / "m.safetensors")
     assert not same_tensors(other.decoders, trained[0].decoders)
-    assert not same_tensors(other.encoder, trained[0].encoder)
+    weights = [model.encoder.state_dict()["network.conv1.weight"] for model in (other, trained[0])]
+    assert not torch.equal(*weights), "the random encoder's too"
 
 
 def test_model_is_named_after_its_data_where_nothing_else_is_said(
@@ -167,8 +170,10 @@ def test_interrupted_training_leaves_a_usable_model_and_resumes_to_the_same_end(
     """A real Ctrl-C of a real process."""
     output = tmp_path / "cloth.safetensors"
     command = [sys.executable, "-c", INTERRUPTED_IN_STEP_3, "train", str(category), "-o", str(output), *TINY_OPTIONS]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
+    command += ["--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert process.returncode == 130, process.stderr
     assert f"interrupted: {output} can be used as it is; --resume" in process.stdout
     assert "stopping after this step" in process.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"cloth.safetensors", "cloth.resume.safetensors"}
@@ -210,7 +215,7 @@ def test_resuming_with_other_options_is_refused_and_keeps_the_checkpoint(
 ) -> None:
     with monkeypatch.context() as patch:
         interrupt(patch, times=1)
-        assert train(category, tmp_path / "m.safetensors").exit_code == 0
+        assert train(category, tmp_path / "m.safetensors").exit_code == 130
     before = files(tmp_path)
     assert len(before) == 2
     for options, words in ((("--steps", 9), "another recipe"), (("--seed", 9), "another seed")):

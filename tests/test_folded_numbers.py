@@ -91,7 +91,7 @@ def test_chunks_of_rows_do_not_show(
     folded = folded_with(rough_decoder(FEATURES, permute_soft=permute_soft), packed)
     features, z, c = torch.randn(3, FEATURES, 4, 5), torch.randn(60, FEATURES), torch.randn(60, CONDITION)
     whole_map, whole_rows = folded.log_prob(features), folded(z, [c])
-    monkeypatch.setitem(torch_flow.CHUNK_ROWS, "cpu", chunk)
+    monkeypatch.setattr(torch_flow, "CPU_CHUNK_ROWS", chunk)
     torch.testing.assert_close(folded.log_prob(features), whole_map, rtol=1e-5, atol=1e-4)
     for chunked, whole in zip(folded(z, [c]), whole_rows, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import socket
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import calibrated_model, same_tensors, tiny_model
 
+from cflow_fast.decoder import FlowDecoder
 from cflow_fast.errors import CFlowFastError, ModelFileError
 from cflow_fast.model import CFlowAD
 from cflow_fast.model_file import read_tensors
@@ -150,7 +152,6 @@ def test_other_version_is_named(path: Path) -> None:
         '{"image_size": 5}',
         '{"image_size": [64, 64], "encoder": "resnet81"}',
         '{"image_size": [64, 64], "encoder": "resnet18", "colour": "red"}',
-        '{"image_size": [64, 64], "encoder": "resnet18", "layers": ["layer1", "layer2"], "coupling_blocks": 3}',
     ],
 )
 def test_altered_options_are_named(path: Path, options: str) -> None:
@@ -185,3 +186,24 @@ def test_model_that_cannot_be_written_leaves_the_old_one(
         model.save(path)
     assert path.read_bytes() == whole
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_exchanged_decoder_of_another_dialect_survives_the_file(model: CFlowAD, tmp_path: Path) -> None:
+    other = copy.deepcopy(model)
+    old = other.decoders[0]
+    other.decoders[0] = FlowDecoder(**old.options | {"clamp": "tanh(s/alpha)", "global_affine_type": "SIGMOID"})
+    other.save(tmp_path / "model.safetensors")
+    loaded = CFlowAD.load(tmp_path / "model.safetensors")
+    image = torch.rand(1, 3, *model.image_size)
+    torch.testing.assert_close(loaded(image), other.eval()(image), rtol=0, atol=0)
+
+
+def test_file_with_another_resize_rule_is_refused(path: Path) -> None:
+    rewrite(path, {"resize": "crop"})
+    assert "resizes images by 'crop'" in refused(path)
+
+
+def test_altered_decoders_are_named(path: Path, model: CFlowAD) -> None:
+    longer = [decoder.options | {"coupling_blocks": 3} for decoder in model.decoders]
+    rewrite(path, {"decoders": json.dumps(longer)})
+    assert "is damaged or was altered" in refused(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,13 @@ def read(paths: Sequence[Path]) -> Tensor:
 
 def tiny_model(**options: Any) -> CFlowAD:
     """Untrained, always with the same weights; batch norms that let something through."""
+    return copy.deepcopy(_tiny_model(tuple(options.items())))
+
+
+@cache
+def _tiny_model(options: tuple[tuple[str, Any], ...]) -> CFlowAD:
     torch.manual_seed(0)
-    model = CFlowAD(**TINY | options)
+    model = CFlowAD(**TINY | dict(options))
     random = np.random.default_rng(9)
     images = np.stack([texture(random) for _ in range(6)]).transpose(0, 3, 1, 2)
     calibrate_batch_norm(model.encoder, [torch.from_numpy(images / 255.0)])

@@ -41,5 +41,5 @@ def describe(model: CFlowAD, path: Path) -> dict[str, Any]:
         "largest log p / D": maxima if model.is_calibrated else None,
         "image threshold": model.image_threshold,
         "pixel threshold": model.pixel_threshold,
-        "promised false alarm rate": None if rate != rate else rate,
+        "promised false alarm rate": None if rate != rate else round(rate, 6),
     }

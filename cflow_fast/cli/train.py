@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from cflow_fast.fitting import Fit
 from cflow_fast.model import CFlowAD
 from cflow_fast.precision import PRECISIONS
 from cflow_fast.recipes import LOSSES, PRESETS, SOFT_PRESETS, Recipe
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells know it: `train && test` stops."""
 
 RECIPE_OPTIONS: dict[str, tuple[str, Any, str]] = {
     "learning_rate": ("--learning-rate", float, "Adam's, at its highest."),
@@ -156,6 +160,7 @@ def train(
     else:
         fit.save_state(state)
     _report(model, fit, output, finished)
+    sys.exit(0 if finished else INTERRUPTED)
 
 
 def _recipe(preset: str, overrides: dict[str, Any]) -> Recipe:
