@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,14 @@ def test_interrupted_training_leaves_a_usable_model_and_resumes_to_the_same_end(
     assert result.exit_code == 0, result.output
     assert same_tensors(CFlowAD.load(output), trained[0])
     assert [path.name for path in tmp_path.iterdir()] == ["cloth.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def python_hears_interrupts() -> Iterator[None]:
+    """A shell's background job starts with Ctrl-C ignored, and so would everything in it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
