@@ -37,7 +37,7 @@ class CFlowAD(nn.Module):
             calibrated, so that its thresholds and its scores belong together.
 
     `model(images)` gives anomaly maps, `predict` everything about an image. Before a prediction a model is trained
-    (`cflow_fast.train`) and calibrated; both are stored by `save`.
+    and calibrated (`cflow_fast.Fit` does both); `save` stores it all.
     """
 
     log_prob_max: Tensor  # (K,) largest log p / D on good images at each scale, NaN until calibrated

@@ -115,9 +115,10 @@ def _failures(kind: str, ours: Error, theirs: Error) -> list[str]:
     if not math.isfinite(ours.maximum):
         return ["not finite"]
     if kind == "fp32":
+        relative = FP32_BOUND if theirs.bounded <= FP32_BOUND else FP32_RATIO * theirs.bounded
         limits = [
             ("maximum / FrEIA's", ours.maximum / max(theirs.maximum, 1e-300), FP32_RATIO),
-            ("maximum / max(1, |log p / D|)", ours.bounded, max(FP32_BOUND, FP32_RATIO * theirs.bounded)),
+            ("maximum / max(1, |log p / D|)", ours.bounded, relative),
         ]
     else:
         limits = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from cflow_fast import parity as checks
-from cflow_fast.cli.common import console, progress_bar
+from cflow_fast.cli.common import console, device_option, progress_bar
 from cflow_fast.files import write_text
 from cflow_fast.model import CFlowAD
 
@@ -21,15 +21,18 @@ from cflow_fast.model import CFlowAD
 @click.argument("model", type=click.Path(path_type=Path, dir_okay=False), required=False)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the table there too.")
 @click.option("--seed", type=int, default=0)
-@click.option("--device", default="cpu")
-def parity(model: Path | None, json_path: Path | None, seed: int, device: str) -> None:
+@device_option
+def parity(model: Path | None, json_path: Path | None, seed: int, device: torch.device) -> None:
     """Compare with float64, and with FrEIA's own rounding error when FrEIA is installed.
 
     Every decoder size with random parameters, or MODEL's own decoders; every precision that this machine has. Exits
     with 1 when a comparison fails.
     """
-    cases = _model_cases(model, seed) if model else _random_cases(seed, device)
-    total = len(CFlowAD.load(model).decoders) if model else 2 * len(checks.SIZES)
+    cases: Iterable[checks.Case] = _random_cases(seed, device)
+    total = 2 * len(checks.SIZES)
+    if model:
+        cases = own = _model_cases(model, seed, device)
+        total = len(own)
     rows: list[checks.Row] = []
     with progress_bar("parity", total) as update:
         for done, case in enumerate(cases):
@@ -46,16 +49,16 @@ def parity(model: Path | None, json_path: Path | None, seed: int, device: str) -
     sys.exit(1 if failed else 0)
 
 
-def _random_cases(seed: int, device: str) -> Iterator[checks.Case]:
+def _random_cases(seed: int, device: torch.device) -> Iterator[checks.Case]:
     for features in checks.SIZES:
         for permute_soft in (False, True):
             yield checks.random_case(features, permute_soft, seed=seed, device=device)
 
 
-def _model_cases(path: Path, seed: int) -> Iterator[checks.Case]:
-    model = CFlowAD.load(path)
+def _model_cases(path: Path, seed: int, device: torch.device) -> list[checks.Case]:
+    model = CFlowAD.load(path, device)
     maps = model.features(torch.zeros(1, 3, *model.image_size))
-    yield from checks.model_cases(list(model.decoders), [(m.shape[2], m.shape[3]) for m in maps], seed)  # type: ignore[arg-type]
+    return checks.model_cases(list(model.decoders), [(m.shape[2], m.shape[3]) for m in maps], seed)  # type: ignore[arg-type]
 
 
 def _table(rows: list[checks.Row]) -> Table:
