@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 
 from cflow_fast import parity as checks
@@ -62,12 +63,12 @@ def _model_cases(path: Path, seed: int, device: torch.device) -> list[checks.Cas
 
 
 def _table(rows: list[checks.Row]) -> Table:
-    table = Table(title="error of log p / D against float64, nats")
+    table = Table(title="error of log p / D against float64, nats", box=SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("case", "backend", "precision"):
         table.add_column(heading, overflow="fold")
-    for heading in ("max", "RMS", "reference max", "reference RMS", "Spearman"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    for heading in ("max", "RMS", "ref. max", "ref. RMS", "Spearman"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for row in rows:
         table.add_row(
             row.case,
