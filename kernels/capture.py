@@ -1,0 +1,148 @@
+"""CUDA streams and graphs: everything here that cannot run without a card, and nothing else.
+
+`side_by_side` sends independent calls to streams of their own: one image's coarse scales fill only part of a card.
+`GraphCache` records the launches of a function once per layout of its inputs and replays them: at one image the time
+between launches is longer than the launches.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+Key = tuple[object, ...]
+
+WARM_UP_CALLS = 2
+"""The first compiles kernels and lets libraries choose algorithms, the second sees what is then left to allocate."""
+
+
+def side_by_side(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
+    """The results of independent calls, in order, each computed on its own stream where the device has streams.
+
+    The caller's current stream waits for all of them, so that the results are used as if it had made them.
+    """
+    if device.type != "cuda" or len(calls) < 2:
+        return [call() for call in calls]
+    current = torch.cuda.current_stream(device)
+    ready = current.record_event()  # what the calls read was queued before this
+    results = []
+    for stream, call in zip(_streams(device, len(calls)), calls, strict=True):
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            result = call()
+        result.record_stream(current)  # its memory belongs to `stream`: not to be reused there before `current` is done
+        results.append(result)
+        current.wait_event(stream.record_event())
+    return results
+
+
+class GraphCache:
+    """A function of CUDA tensors that is captured once per layout of its inputs and replayed afterwards.
+
+    function: tensors on one device to a tuple of new tensors, with the same launches whatever the values are.
+    capacity: how many layouts are kept; the one unused for longest is dropped.
+
+    Safe from several threads and on any stream: a replay is queued on the caller's current stream, results are copies.
+    Where capturing fails the function runs as it is, which is said once. Inputs on a CPU just go to the function, and
+    so does a call inside somebody else's capture.
+    """
+
+    def __init__(self, function: Function, capacity: int = 8) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is at least 1, got {capacity}")
+        self.function = function
+        self.capacity = capacity
+        self._graphs: OrderedDict[Key, _Graph | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        device = inputs[0].device
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return self.function(*inputs)
+        with self._lock, torch.cuda.device(device):  # the current stream is that of the current device
+            graph = self._graph(inputs)
+            if graph is not None:
+                return graph.replay(inputs)
+        return self.function(*inputs)
+
+    def clear(self) -> None:
+        """Drop every graph and its memory, after the card has finished with it."""
+        with self._lock:
+            while self._graphs:
+                self._drop_oldest()
+
+    def _graph(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
+        key = _layout(inputs)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        while len(self._graphs) >= self.capacity:
+            self._drop_oldest()
+        self._graphs[key] = self._captured(inputs)
+        return self._graphs[key]
+
+    def _captured(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
+        try:
+            return _Graph(self.function, inputs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"no CUDA graph could be captured, running without one: {reason}", stacklevel=4)
+            return None
+
+    def _drop_oldest(self) -> None:
+        _, graph = self._graphs.popitem(last=False)
+        if graph is not None:
+            graph.done.synchronize()  # a graph that still runs must keep its memory
+
+
+class _Graph:
+    """One captured layout: the inputs' fixed places, the graph, the outputs' fixed places."""
+
+    def __init__(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = tuple(tensor.clone(memory_format=torch.preserve_format) for tensor in inputs)
+        device = inputs[0].device
+        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        stream.wait_stream(current)  # the clones above
+        with torch.cuda.stream(stream):  # nothing can be captured on the default stream, nor warmed up for it there
+            for _ in range(WARM_UP_CALLS):
+                function(*self.inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        with _capture(self.graph, stream):
+            self.outputs = function(*self.inputs)
+        current.wait_stream(stream)
+        self.done = current.record_event()
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        current = torch.cuda.current_stream(inputs[0].device)
+        current.wait_event(self.done)  # the last replay may have been queued on another stream
+        for fixed, tensor in zip(self.inputs, inputs, strict=True):
+            fixed.copy_(tensor)
+        self.graph.replay()
+        results = tuple(output.clone() for output in self.outputs)
+        self.done = current.record_event()
+        return results
+
+
+def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+    # thread_local: an allocation in another thread must not end this capture
+    return torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+
+
+def _layout(tensors: tuple[Tensor, ...]) -> Key:
+    return tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)
+
+
+_stream_pool: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+
+
+def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    """The same few streams for every caller: what two threads queue on one of them only waits, it is never wrong."""
+    keys = [(device, i) for i in range(count)]
+    return [_stream_pool.setdefault(key, torch.cuda.Stream(device)) for key in keys]

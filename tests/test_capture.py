@@ -1,0 +1,287 @@
+"""The bookkeeping of streams and graphs, on a recorded stand-in for a card: order of waits, bounds, copies, threads."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from cflow_fast.kernels import capture
+from cflow_fast.kernels.capture import GraphCache, side_by_side
+
+CARD = torch.device("cuda", 0)
+
+
+@dataclass
+class Card:
+    """What was queued, in order: (stream, action)."""
+
+    log: list[tuple[str, str]] = field(default_factory=list)
+    current: list[Stream] = field(default_factory=list)
+    streams: int = 0
+    capturing: bool = False
+    refuses_capture: bool = False
+
+    def stream(self, name: str | None = None) -> Stream:
+        self.streams += 1
+        return Stream(self, name or f"side {self.streams}")
+
+
+@dataclass(eq=False)
+class Stream:
+    card: Card
+    name: str
+
+    def record_event(self) -> Event:
+        self.card.log.append((self.name, "record"))
+        return Event(self.card, self.name)
+
+    def wait_event(self, event: Event) -> None:
+        self.card.log.append((self.name, f"wait for {event.recorded_on}"))
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+
+@dataclass
+class Event:
+    card: Card
+    recorded_on: str
+
+    def synchronize(self) -> None:
+        self.card.log.append(("host", f"synchronize with {self.recorded_on}"))
+
+
+class OnCard:
+    """A tensor that claims to lie on a card; its values are a CPU tensor's."""
+
+    device = CARD
+
+    def __init__(self, card: Card, values: torch.Tensor) -> None:
+        self.card, self.values = card, values
+        self.dtype, self.shape = values.dtype, values.shape
+        self.used_on: list[str] = []
+
+    def stride(self) -> tuple[int, ...]:
+        return self.values.stride()
+
+    def clone(self, memory_format: Any = None) -> OnCard:
+        return OnCard(self.card, self.values.clone())
+
+    def copy_(self, other: OnCard) -> None:
+        self.card.log.append((self.card.current[-1].name, "copy input"))
+        self.values.copy_(other.values)
+
+    def record_stream(self, stream: Stream) -> None:
+        self.used_on.append(stream.name)
+
+
+class FakeGraph:
+    """Replays by calling the function again and writing into the captured outputs."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+
+    def replay(self) -> None:
+        self.card.log.append((self.card.current[-1].name, "replay"))
+        self.rerun()
+
+    def rerun(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    card.current.append(card.stream("caller's"))
+    card.streams = 0
+
+    @contextmanager
+    def on(stream: Stream) -> Any:
+        card.current.append(stream)
+        yield
+        card.current.pop()
+
+    @contextmanager
+    def record(graph: FakeGraph, stream: Stream, capture_error_mode: str) -> Any:
+        assert capture_error_mode == "thread_local"
+        if card.refuses_capture:
+            raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+        card.capturing = True
+        card.current.append(stream)
+        yield
+        card.current.pop()
+        card.capturing = False
+
+    @contextmanager
+    def on_device(device: torch.device) -> Any:
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: card.current[-1])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: card.stream())
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(card))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
+    monkeypatch.setattr(capture, "_stream_pool", {})
+    return card
+
+
+def doubling(card: Card) -> Any:
+    """x to 2 x, replayable: a captured graph keeps its places of input and output."""
+
+    def double(x: OnCard) -> tuple[OnCard]:
+        card.log.append((card.current[-1].name, "capture" if card.capturing else "run"))
+        return (OnCard(card, 2 * x.values),)
+
+    return double
+
+
+@pytest.fixture
+def cache(card: Card, monkeypatch: pytest.MonkeyPatch) -> GraphCache:
+    cache = GraphCache(doubling(card), capacity=2)
+    captured = cache._captured
+
+    def captured_replayable(inputs: Any) -> Any:
+        graph: Any = captured(inputs)
+        if graph is not None:
+            graph.graph.rerun = lambda: graph.outputs[0].values.copy_(2 * graph.inputs[0].values)
+        return graph
+
+    monkeypatch.setattr(cache, "_captured", captured_replayable)
+    return cache
+
+
+def on_card(card: Card, *shape: int, value: float = 1.0) -> Any:
+    return OnCard(card, torch.full(shape, value))
+
+
+def test_every_side_stream_waits_for_the_caller_and_the_caller_for_every_side_stream(card: Card) -> None:
+    results = [on_card(card, 1), on_card(card, 1)]
+
+    def call(result: Any) -> Any:
+        card.log.append((card.current[-1].name, "run"))
+        return result
+
+    assert side_by_side([lambda r=r: call(r) for r in results], CARD) == results
+    assert card.log[0] == ("caller's", "record")
+    for name in ("side 1", "side 2"):
+        own = [action for stream, action in card.log if stream == name]
+        assert own == ["wait for caller's", "run", "record"]
+        assert ("caller's", f"wait for {name}") in card.log
+    assert all(result.used_on == ["caller's"] for result in results)
+
+
+def test_calls_on_a_cpu_run_in_order() -> None:
+    assert side_by_side([lambda: torch.tensor(1), lambda: torch.tensor(2)], torch.device("cpu")) == [1, 2]
+
+
+def test_a_layout_is_captured_once_and_replayed_with_new_values(card: Card, cache: GraphCache) -> None:
+    for value in (1.0, 5.0):
+        (result,) = cache(on_card(card, 3, value=value))
+        assert result.values.tolist() == [2 * value] * 3
+    actions = [action for _, action in card.log]
+    assert actions.count("run") == capture.WARM_UP_CALLS
+    assert actions.count("capture") == 1
+    assert actions.count("replay") == 2
+
+
+def test_results_are_copies_that_the_next_replay_leaves_alone(card: Card, cache: GraphCache) -> None:
+    (first,) = cache(on_card(card, 2, value=1.0))
+    cache(on_card(card, 2, value=7.0))
+    assert first.values.tolist() == [2.0, 2.0]
+
+
+def test_nothing_is_warmed_up_or_captured_on_the_callers_stream(card: Card, cache: GraphCache) -> None:
+    cache(on_card(card, 3))
+    assert all(stream != "caller's" for stream, action in card.log if action in ("run", "capture"))
+
+
+def test_a_replay_waits_for_the_last_one_wherever_it_was_queued(card: Card, cache: GraphCache) -> None:
+    cache(on_card(card, 3))
+    other = card.stream("another thread's")
+    card.current.append(other)
+    start = len(card.log)
+    cache(on_card(card, 3))
+    card.current.pop()
+    assert card.log[start] == ("another thread's", "wait for caller's")
+    assert card.log[start + 1 :] == [
+        ("another thread's", "copy input"),
+        ("another thread's", "replay"),
+        ("another thread's", "record"),
+    ]
+
+
+@pytest.mark.parametrize("change", ["shape", "stride", "dtype"])
+def test_another_layout_gets_its_own_graph(card: Card, cache: GraphCache, change: str) -> None:
+    x = torch.ones(2, 3)
+    y = {"shape": torch.ones(3, 2), "stride": torch.ones(3, 2).t(), "dtype": torch.ones(2, 3, dtype=torch.float64)}
+    cache(OnCard(card, x))  # type: ignore[arg-type]
+    cache(OnCard(card, y[change]))  # type: ignore[arg-type]
+    assert len(cache._graphs) == 2
+
+
+def test_the_graph_unused_for_longest_is_dropped_after_the_card_has_finished_with_it(
+    card: Card, cache: GraphCache
+) -> None:
+    for size in (1, 2, 1, 3):
+        cache(on_card(card, size))
+    kept = [key[0][2] for key in cache._graphs]  # type: ignore[index]
+    assert kept == [(1,), (3,)]
+    assert ("host", "synchronize with caller's") in card.log
+
+
+def test_where_capturing_fails_the_function_runs_as_it_is_and_says_so_once(card: Card, cache: GraphCache) -> None:
+    card.refuses_capture = True
+    with pytest.warns(UserWarning, match="running without one: operation not permitted when stream is capturing$"):
+        (result,) = cache(on_card(card, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (again,) = cache(on_card(card, 2))
+    assert result.values.tolist() == again.values.tolist() == [2.0, 2.0]
+    assert [stream for stream, action in card.log if action == "run"][-2:] == ["caller's", "caller's"]
+
+
+def test_inside_somebody_elses_capture_the_function_is_recorded_there(card: Card, cache: GraphCache) -> None:
+    card.capturing = True
+    cache(on_card(card, 2))
+    assert card.log == [("caller's", "capture")]
+    assert not cache._graphs
+
+
+def test_threads_get_each_their_own_results(card: Card, cache: GraphCache) -> None:
+    results: dict[int, list[float]] = {}
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            (result,) = cache(on_card(card, 2, value=float(i)))
+            results.setdefault(i, []).append(result.values[0].item())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(set(values) == {2.0 * i} for i, values in results.items())
+
+
+def test_clear_drops_every_graph(card: Card, cache: GraphCache) -> None:
+    cache(on_card(card, 2))
+    cache.clear()
+    assert not cache._graphs
+
+
+def test_inputs_on_a_cpu_go_to_the_function() -> None:
+    cache = GraphCache(lambda x: (x + 1,))
+    assert cache(torch.zeros(2))[0].tolist() == [1.0, 1.0]
+
+
+def test_a_capacity_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="capacity is at least 1, got 0"):
+        GraphCache(lambda x: (x,), capacity=0)
