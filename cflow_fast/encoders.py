@@ -79,12 +79,16 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), RGB in [0, 1], to a feature map (B, D, H / stride, W / stride) per layer."""
+        features = self.network(self.normalised(images))
+        return [features[layer] for layer in self.layers]
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images as the network takes them, in the encoder's precision."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), not {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1], not {images.dtype}")
-        features = self.network(((images - self.mean) / self.std).to(self.mean.dtype))
-        return [features[layer] for layer in self.layers]
+        return ((images - self.mean) / self.std).to(self.mean.dtype)
 
     def train(self, mode: bool = True) -> Encoder:
         """Stays in evaluation mode whatever is asked, so that its batch norms never move."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cflow_fast.anomaly import anomaly_map
 from cflow_fast.calibration import conformal_threshold
 from cflow_fast.decoder import FlowDecoder
+from cflow_fast.encoder_fusion import FusedEncoder
 from cflow_fast.encoders import Encoder
 from cflow_fast.errors import CFlowFastError, DataError
 from cflow_fast.folded import FoldedDecoder
@@ -90,6 +91,8 @@ class CFlowAD(nn.Module):
         self.register_buffer("false_alarm_rate", torch.tensor(torch.nan))
         self._folded: list[FoldedDecoder] = []
         self._folded_from: object = None
+        self._fused_encoder: FusedEncoder | None = None
+        self._fused_from: object = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class CFlowAD(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), RGB in [0, 1], of any size, to the encoder's maps (B, D_k, H_k, W_k) at image_size."""
         resized = resize(images.to(self.device), self.image_size)
-        return self.encoder(resized.contiguous(memory_format=torch.channels_last))
+        return self.fused_encoder()(resized.contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
     def log_probs(self, images: Tensor) -> list[Tensor]:
@@ -185,13 +188,19 @@ class CFlowAD(nn.Module):
 
     def folded(self) -> list[FoldedDecoder]:
         """The decoders folded in the model's precision, made anew whenever a parameter has changed."""
-        tensors = [*self.decoders.parameters(), *self.decoders.buffers()]
-        state = (self.precision, self.device, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
+        state = (self.precision, self.device, *_versions(self.decoders))
         if state != self._folded_from:
             precision = resolve_precision(self.precision, self.device)
             self._folded = [decoder.fold(precision) for decoder in self.decoders]  # type: ignore[operator]
             self._folded_from = state
         return self._folded
+
+    def fused_encoder(self) -> FusedEncoder:
+        """The encoder as features are made with it, made anew whenever one of its tensors has changed."""
+        state = tuple(_versions(self.encoder))
+        if self._fused_encoder is None or state != self._fused_from:
+            self._fused_encoder, self._fused_from = FusedEncoder(self.encoder), state
+        return self._fused_encoder
 
     def calibrate_maxima(self, batches: Iterable[Tensor]) -> None:
         """Find each scale's largest log p / D over batches (B, 3, H, W) of good images; settles the precision."""
@@ -247,7 +256,9 @@ class CFlowAD(nn.Module):
             raise DataError("image tensors are in [0, 1]: scale them, and look for NaN")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_folded": [], "_folded_from": None}
+        """What was made from the parameters is neither copied nor pickled."""
+        derived = {"_folded": [], "_folded_from": None, "_fused_encoder": None, "_fused_from": None}
+        return self.__dict__ | derived
 
 
 def _read(images: ImageLike | Iterable[ImageLike]) -> Iterator[Tensor]:
@@ -262,3 +273,9 @@ def _read(images: ImageLike | Iterable[ImageLike]) -> Iterator[Tensor]:
 def _number(value: Tensor) -> float | None:
     number = value.item()
     return None if np.isnan(number) else float(number)
+
+
+def _versions(module: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """Changes whenever a parameter or buffer is exchanged, moved or written to."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        yield id(tensor), tensor.data_ptr(), tensor._version

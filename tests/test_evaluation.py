@@ -143,7 +143,7 @@ def test_features_that_are_not_finite_count_as_the_worst_anomaly(
     model: CFlowAD, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
     """In a good image they are the worst false alarm, in a defective one a find; no metric breaks on them."""
-    encode = model.encoder.forward
+    encode = model.features
 
     def damaged(images: Tensor) -> list[Tensor]:
         features = [feature.clone() for feature in encode(images)]
@@ -152,7 +152,7 @@ def test_features_that_are_not_finite_count_as_the_worst_anomaly(
             features[0][0] = torch.nan
         return features
 
-    monkeypatch.setattr(model.encoder, "forward", damaged)
+    monkeypatch.setattr(model, "features", damaged)
     with pytest.warns(UserWarning, match="not finite"):
         good_first = evaluate(model, samples)
     assert good_first.image_auroc == pytest.approx(2 / 3)

@@ -207,3 +207,20 @@ def test_image_size_need_not_be_square(good_paths: list[Path]) -> None:
     assert model.image_size == (32, 64)
     assert [tuple(log_prob.shape) for log_prob in model.log_probs(read(good_paths[:1]))] == [(1, 8, 16), (1, 4, 8)]
     assert model.predict(good_paths[0])[0].anomaly_map.shape == (SIZE, SIZE)
+
+
+def test_an_encoder_that_changed_is_fused_anew(model: CFlowAD) -> None:
+    image = torch.rand(1, 3, 32, 32)
+    before = model.features(image)[0]
+    with torch.no_grad():
+        next(iter(model.encoder.network.parameters())).mul_(2)
+    after = model.features(image)[0]
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, model.encoder(resize(image, model.image_size))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_a_model_in_use_is_independent_of_it(model: CFlowAD) -> None:
+    image = torch.rand(1, 3, 32, 32)
+    for _ in range(2):
+        expected = model(image)
+    torch.testing.assert_close(copy.deepcopy(model)(image), expected, rtol=0, atol=1e-6)

@@ -160,14 +160,14 @@ def test_features_that_are_not_finite_spoil_their_own_pixels_alone(
     model: CFlowAD, good_paths: list[Path], monkeypatch: pytest.MonkeyPatch, value: float, scale: int
 ) -> None:
     clean = model.predict(good_paths[:3])
-    encode = model.encoder.forward
+    encode = model.features
 
     def damaged(images: Tensor) -> list[Tensor]:
         features = [feature.clone() for feature in encode(images)]
         features[scale][1, 5, 0, 0] = value
         return features
 
-    monkeypatch.setattr(model.encoder, "forward", damaged)
+    monkeypatch.setattr(model, "features", damaged)
     with pytest.warns(UserWarning, match="1 of 3 images have features that are not finite"):
         first, middle, last = model.predict(good_paths[:3])
     assert_same([first, last], [clean[0], clean[2]])
@@ -187,7 +187,7 @@ def test_image_with_no_finite_feature_has_no_score_and_is_defective(
     model: CFlowAD, good_paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        model.encoder, "forward", lambda images: [torch.full((1, 64, 16, 16), math.nan), torch.rand(1, 128, 8, 8)]
+        model, "features", lambda images: [torch.full((1, 64, 16, 16), math.nan), torch.rand(1, 128, 8, 8)]
     )
     with pytest.warns(UserWarning, match="1 of 1 images"):
         prediction = model.predict(good_paths[0])[0]
