@@ -21,7 +21,7 @@ from cflow_fast.encoders import Encoder
 from cflow_fast.errors import CFlowFastError, DataError
 from cflow_fast.folded import FoldedDecoder
 from cflow_fast.images import as_rgb, read_image, resize, to_tensor
-from cflow_fast.precision import PRECISIONS, resolve_precision
+from cflow_fast.precision import PRECISIONS, resolve_encoder_precision, resolve_precision
 from cflow_fast.prediction import Prediction, make_prediction
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -36,6 +36,7 @@ class CFlowAD(nn.Module):
         image_size: (H, W) or a number; every image is resized to it, whatever its shape, before it is encoded.
         precision: of the folded decoders that predictions are made with; "auto" is settled when the model is
             calibrated, so that its thresholds and its scores belong together.
+        encoder_precision: "fp32", "bf16" or "auto" (bf16 on a GPU, fp32 on a CPU), settled at the same time.
 
     `model(images)` gives anomaly maps, `predict` everything about an image. Before a prediction a model is trained
     and calibrated (`cflow_fast.Fit` does both); `save` stores it all.
@@ -59,6 +60,7 @@ class CFlowAD(nn.Module):
         affine_clamping: float = 1.9,
         image_size: int | tuple[int, int] = 256,
         precision: str = "auto",
+        encoder_precision: str = "auto",
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -68,6 +70,8 @@ class CFlowAD(nn.Module):
             raise ValueError(f"condition is a multiple of 4 (0: none), got {condition}")
         self.image_size = (height, width)
         self.precision = precision
+        self.encoder_precision = encoder_precision
+        resolve_encoder_precision(encoder_precision, torch.device("cpu"))  # or it is no precision
         self.encoder = Encoder(encoder, layers, pretrained, encoder_weights, reflect_padding)
         self.encoder.to(memory_format=torch.channels_last)  # as the images come, or every call would reorder weights
         if min(self.image_size) < max(self.encoder.strides):
@@ -109,6 +113,7 @@ class CFlowAD(nn.Module):
             "affine_clamping": first.affine_clamping,
             "image_size": list(self.image_size),
             "precision": self.precision,
+            "encoder_precision": self.encoder_precision,
         }
 
     @property
@@ -197,14 +202,16 @@ class CFlowAD(nn.Module):
 
     def fused_encoder(self) -> FusedEncoder:
         """The encoder as features are made with it, made anew whenever one of its tensors has changed."""
-        state = tuple(_versions(self.encoder))
+        state = (self.encoder_precision, *_versions(self.encoder))
         if self._fused_encoder is None or state != self._fused_from:
-            self._fused_encoder, self._fused_from = FusedEncoder(self.encoder), state
+            precision = resolve_encoder_precision(self.encoder_precision, self.device)
+            self._fused_encoder, self._fused_from = FusedEncoder(self.encoder, precision), state
         return self._fused_encoder
 
     def calibrate_maxima(self, batches: Iterable[Tensor]) -> None:
-        """Find each scale's largest log p / D over batches (B, 3, H, W) of good images; settles the precision."""
+        """Find each scale's largest log p / D over batches (B, 3, H, W) of good images; settles both precisions."""
         self.precision = resolve_precision(self.precision, self.device)
+        self.encoder_precision = resolve_encoder_precision(self.encoder_precision, self.device)
         maxima = torch.full_like(self.log_prob_max, -torch.inf)
         for batch in batches:
             peaks = torch.stack([log_prob.amax() for log_prob in self.log_probs(batch)])

@@ -56,6 +56,7 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     try:
         options, decoders = json.loads(metadata["model"]), json.loads(metadata["decoders"])
         options["image_size"] = tuple(options["image_size"])
+        options.setdefault("encoder_precision", "fp32")  # the only one there was before it was written down
         with torch.inference_mode(False):  # wherever it is loaded: its parameters have to tell when they change
             model = CFlowAD(**options, pretrained=False)
             if decoders != [decoder.options for decoder in model.decoders]:  # one was exchanged for another dialect

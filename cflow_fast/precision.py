@@ -49,6 +49,18 @@ def arithmetic(precision: str, device: torch.device) -> Arithmetic:
             return Arithmetic(precision, torch.float32, torch.float32)
 
 
+ENCODER_PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve_encoder_precision(precision: str, device: torch.device) -> str:
+    """Turn "auto" into bf16 on a GPU that multiplies it, and into fp32 elsewhere."""
+    if precision not in ENCODER_PRECISIONS:
+        raise ValueError(f"encoder_precision is one of {', '.join(ENCODER_PRECISIONS)}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are faster than in fp32 on a device, by what its hardware has."""
     match device.type:

@@ -224,3 +224,28 @@ def test_a_copy_of_a_model_in_use_is_independent_of_it(model: CFlowAD) -> None:
     for _ in range(2):
         expected = model(image)
     torch.testing.assert_close(copy.deepcopy(model)(image), expected, rtol=0, atol=1e-6)
+
+
+def test_encoder_precision_is_settled_by_calibration_and_kept_in_the_file(
+    good_paths: list[Path], tmp_path: Path
+) -> None:
+    model = calibrated_model(good_paths, encoder_precision="auto")
+    assert model.encoder_precision == "fp32"  # on a CPU
+    model.save(tmp_path / "model.safetensors")
+    assert CFlowAD.load(tmp_path / "model.safetensors").encoder_precision == "fp32"
+
+
+def test_a_bf16_encoder_gives_features_close_to_those_of_an_fp32_one(good_paths: list[Path]) -> None:
+    model = calibrated_model(good_paths, encoder_precision="bf16")
+    image = read(good_paths[:1])
+    dtype = torch.bfloat16 if resolve_precision("auto", model.device) == "bf16" else torch.float32
+    features = model.features(image)
+    assert {map.dtype for map in features} == {dtype}
+    for rounded, exact in zip(features, model.encoder(resize(image, model.image_size)), strict=True):
+        assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    assert model(image).isfinite().all()
+
+
+def test_an_unknown_encoder_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="encoder_precision is one of auto, fp32, bf16, got 'fp16'"):
+        tiny_model(encoder_precision="fp16")

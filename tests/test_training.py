@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -209,3 +210,10 @@ def test_image_that_is_not_finite_is_an_error(fresh: CFlowAD, images: Tensor) ->
 def test_no_image_is_refused(fresh: CFlowAD) -> None:
     with pytest.raises(DataError, match="no image to train on"):
         Trainer(fresh, lambda indices: [], 0, recipe())
+
+
+def test_features_of_a_bf16_encoder_can_be_trained_on(images: Tensor) -> None:
+    model = tiny_model(encoder_precision="bf16")
+    before = copy.deepcopy(model.decoders)
+    train(model, images, recipe())
+    assert not same_tensors(before, model.decoders)

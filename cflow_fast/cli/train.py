@@ -20,7 +20,7 @@ from cflow_fast.evaluation import evaluate
 from cflow_fast.files import check_writable
 from cflow_fast.fitting import Fit
 from cflow_fast.model import CFlowAD
-from cflow_fast.precision import PRECISIONS
+from cflow_fast.precision import ENCODER_PRECISIONS, PRECISIONS
 from cflow_fast.recipes import LOSSES, PRESETS, SOFT_PRESETS, Recipe
 
 INTERRUPTED = 130
@@ -64,7 +64,8 @@ def recipe_options(command: Callable[..., object]) -> Callable[..., object]:
 @click.option("--condition", type=click.IntRange(0), default=128, help="Channels of the positional encoding; 0: none.")
 @click.option("--permute-soft/--permute-hard", default=None, help="  [default: soft for the published presets]")
 @click.option("--activation", type=click.Choice(tuple(ACTIVATIONS)), default="relu", help="Of the subnets.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of predictions.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the decoders, in predictions.")
+@click.option("--encoder-precision", type=click.Choice(ENCODER_PRECISIONS), default="auto")
 @click.option("--preset", type=click.Choice(tuple(PRESETS)), default="fast", help="How to train.")
 @recipe_options
 @click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.2, help="Good images for thresholds.")
@@ -97,6 +98,7 @@ def train(
     permute_soft: bool | None,
     activation: str,
     precision: str,
+    encoder_precision: str,
     preset: str,
     holdout: float,
     false_alarm_rate: float,
@@ -137,6 +139,7 @@ def train(
                 activation=activation,
                 image_size=image_size,
                 precision=precision,
+                encoder_precision=encoder_precision,
             )
         )
     except CFlowFastError:
