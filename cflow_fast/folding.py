@@ -31,7 +31,11 @@ def fold_weights(decoder: FlowDecoder, storage: torch.dtype) -> FlowWeights:
     The arithmetic runs on the CPU whatever the decoder's device, so that a fold is the same everywhere.
     """
     blocks = [_Block(block) for block in decoder.blocks]  # type: ignore[arg-type]
-    mixing = _soft_mixing(blocks, _matrices(decoder, storage)) if decoder.permute_soft else _hard_mixing(blocks)
+    mixing = (
+        _soft_mixing(blocks, matrix_blocks(decoder.features, decoder.coupling_blocks, storage))
+        if decoder.permute_soft
+        else _hard_mixing(blocks)
+    )
     folded = FlowWeights(
         activation=decoder.activation,
         clamp=decoder.affine_clamping,
@@ -111,12 +115,11 @@ def _hard_mixing(blocks: list[_Block]) -> HardMixing:
     )
 
 
-def _matrices(decoder: FlowDecoder, storage: torch.dtype) -> int:
-    """How many of the first blocks keep their permutation as a matrix."""
+def matrix_blocks(features: int, blocks: int, storage: torch.dtype) -> int:
+    """How many of the first blocks keep their soft permutation as a matrix."""
     if storage != torch.bfloat16:
         return 0
-    blocks = decoder.coupling_blocks
-    return blocks - blocks // 2 if decoder.features >= BF16_ROTATION_FEATURES else blocks
+    return blocks - blocks // 2 if features >= BF16_ROTATION_FEATURES else blocks
 
 
 def _soft_mixing(blocks: list[_Block], matrices: int) -> SoftMixing:
