@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import warnings
@@ -21,6 +22,7 @@ from cflow_fast.encoders import Encoder
 from cflow_fast.errors import CFlowFastError, DataError
 from cflow_fast.folded import FoldedDecoder
 from cflow_fast.images import as_rgb, read_image, resize, to_tensor
+from cflow_fast.kernels.capture import GraphCache, side_by_side
 from cflow_fast.precision import PRECISIONS, resolve_encoder_precision, resolve_precision
 from cflow_fast.prediction import Prediction, make_prediction
 
@@ -97,6 +99,8 @@ class CFlowAD(nn.Module):
         self._folded_from: object = None
         self._fused_encoder: FusedEncoder | None = None
         self._fused_from: object = None
+        self._graphs: GraphCache | None = None
+        self._graphs_of: object = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -146,11 +150,14 @@ class CFlowAD(nn.Module):
 
     @torch.no_grad()
     def log_probs(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) to each scale's log p / D in nats, (B, H_k, W_k), by the folded decoders."""
-        return [
-            folded.log_prob(features) / folded.features
-            for folded, features in zip(self.folded(), self.features(images), strict=True)
-        ]
+        """Images (B, 3, H, W) to each scale's log p / D in nats, (B, H_k, W_k), by the folded decoders.
+
+        On a GPU the whole of it is a CUDA graph for every layout of images, the scales side by side in it.
+        """
+        derived = (self.folded(), self.fused_encoder())
+        if self._graphs is None or self._graphs_of != derived:
+            self._graphs, self._graphs_of = GraphCache(self._log_probs), derived
+        return list(self._graphs(images.to(self.device)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in [0, 1], to anomaly maps (B, H, W) at the images' own size."""
@@ -249,6 +256,13 @@ class CFlowAD(nn.Module):
 
         return load_model(path, device)
 
+    def _log_probs(self, images: Tensor) -> tuple[Tensor, ...]:
+        decoded = [
+            functools.partial(_log_prob_per_dimension, folded, features)
+            for folded, features in zip(self.folded(), self.features(images), strict=True)
+        ]
+        return tuple(side_by_side(decoded, self.device))
+
     def _anomaly_map(self, log_probs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         if not self.is_calibrated:
             raise CFlowFastError("this model is not calibrated: train it, or run calibrate on good images first")
@@ -265,6 +279,7 @@ class CFlowAD(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What was made from the parameters is neither copied nor pickled."""
         derived = {"_folded": [], "_folded_from": None, "_fused_encoder": None, "_fused_from": None}
+        derived |= {"_graphs": None, "_graphs_of": None}
         return self.__dict__ | derived
 
 
@@ -275,6 +290,10 @@ def _read(images: ImageLike | Iterable[ImageLike]) -> Iterator[Tensor]:
     for i, image in enumerate(images):
         is_path = isinstance(image, (str, os.PathLike))
         yield to_tensor(read_image(image) if is_path else as_rgb(image, f"image {i}"))  # type: ignore[arg-type]
+
+
+def _log_prob_per_dimension(folded: FoldedDecoder, features: Tensor) -> Tensor:
+    return folded.log_prob(features) / folded.features
 
 
 def _number(value: Tensor) -> float | None:
