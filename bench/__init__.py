@@ -1,0 +1,13 @@
+"""The benchmark: who is faster, by how much, and where the time goes. `cflow-fast bench` is its command line.
+
+Where to look:
+    measurement.py   clocks, turns taken round by round, medians and ratios with their 95% intervals, memory
+    cases.py         what is worked on: the decoders of an encoder at an image size and batch
+    contenders.py    what a contender is; peers.py: FrEIA's modules, and how cflow-ad and anomalib call them
+    yardstick.py     float64, and what a contender may deviate from it
+    session.py       a run over all cases; runner.py: one case, all its contenders
+    decoder.py, maps.py, end_to_end.py, training.py    the benchmarks: cases and contenders of each, one entry a line
+    stages.py, scaling.py    where the time of `predict` goes; how time grows along every axis
+    results.py       the stored form; machine.py: what it was measured on
+A new kernel, precision or peer is one more entry in a benchmark's CONTENDERS.
+"""

@@ -1,9 +1,10 @@
 """Numerical parity, as a table: what a fast decoder loses against float64, beside what FrEIA loses in that precision.
 
 The yardstick is FrEIA's own rounding error on the same inputs, in log p / D:
-    fp32, tf32   maximum at most 1.5 times FrEIA's in fp32; relative to max(1, |log p / D|) under 3e-6, or under 1.5
-                 times FrEIA's where a trained decoder takes FrEIA itself over that (log p / D below -1000 on defects)
-    bf16         RMS at most 0.9 times and maximum at most 1 times FrEIA's under bf16 autocast, Spearman >= 0.9995
+    fp32, tf32x3  maximum at most 1.5 times FrEIA's in fp32; relative to max(1, |log p / D|) under 3e-6, or under 1.5
+                  times FrEIA's where a trained decoder takes FrEIA itself over that (log p / D below -1000 on defects)
+    tf32          RMS at most 1 times FrEIA's with tf32 allowed; on a device without tf32, as fp32
+    bf16          RMS at most 0.9 times and maximum at most 1 times FrEIA's under bf16 autocast, Spearman >= 0.9995
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ SIZES = (64, 112, 160, 512, 1024, 2048, 41)
 
 FP32_BOUND = 3e-6
 FP32_RATIO = 1.5
+TF32_RMS_RATIO = 1.0
 BF16_RMS_RATIO = 0.9
 BF16_MAX_RATIO = 1.0
 BF16_SPEARMAN = 0.9995
@@ -80,23 +82,42 @@ class Row:
 
 def precisions(device: torch.device) -> tuple[str, ...]:
     """Those that mean something on a device; bf16 always does, since it is also a way to store."""
-    return ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
+    return ("fp32", "tf32x3", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
 
 
 def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
     """Compare one case in every precision wanted (all that the device has, when None)."""
-    exact = _log_prob_per_dimension(copy.deepcopy(case.decoder).double(), case)
-    reference_name, reference = _reference(case.decoder)
+    exact = log_prob_per_dimension(copy.deepcopy(case.decoder).double(), case)
+    reference_name, reference = reference_decoder(case.decoder)
     theirs: dict[str, Error] = {}
     for precision in wanted or precisions(case.device):
-        kind = "bf16" if precision == "bf16" else "fp32"
+        kind = _kind(precision, case.device)
         if kind not in theirs:
-            with _autocast(case.device) if kind == "bf16" else torch.no_grad():
-                theirs[kind] = measure(_log_prob_per_dimension(reference, case), exact)
+            with _arithmetic_of(kind, case.device):
+                theirs[kind] = measure(log_prob_per_dimension(reference, case), exact)
         folded = case.decoder.fold(precision)
         ours = measure(folded.log_prob(case.features) / case.decoder.features, exact)
-        failures = _failures(kind, ours, theirs[kind])
-        yield Row(case.name, ops.backend(case.device), precision, ours, reference_name, theirs[kind], failures)
+        found = failures(kind, ours, theirs[kind])
+        yield Row(case.name, ops.backend(case.device), precision, ours, reference_name, theirs[kind], found)
+
+
+def _kind(precision: str, device: torch.device) -> str:
+    """The precision of FrEIA whose errors are the yardstick."""
+    if precision == "bf16" or (precision == "tf32" and device.type == "cuda"):
+        return precision
+    return "fp32"
+
+
+@contextmanager
+def _arithmetic_of(kind: str, device: torch.device) -> Iterator[None]:
+    """Have PyTorch multiply as the yardstick does: nothing but fp32, tf32 allowed, or bf16 autocast."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    try:
+        with autocast(device) if kind == "bf16" else nullcontext():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def measure(approximate: Tensor, exact: Tensor) -> Error:
@@ -111,7 +132,8 @@ def measure(approximate: Tensor, exact: Tensor) -> Error:
     )
 
 
-def _failures(kind: str, ours: Error, theirs: Error) -> list[str]:
+def failures(kind: str, ours: Error, theirs: Error) -> list[str]:
+    """What of `ours` is over the module's bounds in "fp32", "tf32" or "bf16", given FrEIA's own errors in it."""
     if not math.isfinite(ours.maximum):
         return ["not finite"]
     if kind == "fp32":
@@ -120,6 +142,8 @@ def _failures(kind: str, ours: Error, theirs: Error) -> list[str]:
             ("maximum / FrEIA's", ours.maximum / max(theirs.maximum, 1e-300), FP32_RATIO),
             ("maximum / max(1, |log p / D|)", ours.bounded, relative),
         ]
+    elif kind == "tf32":
+        limits = [("RMS / FrEIA's", ours.rms / theirs.rms, TF32_RMS_RATIO)]
     else:
         limits = [
             ("RMS / FrEIA's", ours.rms / theirs.rms, BF16_RMS_RATIO),
@@ -200,8 +224,8 @@ def model_cases(decoders: Sequence[FlowDecoder], sizes: Sequence[tuple[int, int]
     return cases
 
 
-def _reference(decoder: FlowDecoder) -> tuple[str, Callable[..., tuple[Tensor, Tensor]]]:
-    """FrEIA's own module where it can be had; else our unfolded one, which follows the same steps."""
+def reference_decoder(decoder: FlowDecoder) -> tuple[str, Callable[..., tuple[Tensor, Tensor]]]:
+    """FrEIA's own module where it can be had; else our unfolded one, which follows the same steps; and its name."""
     if decoder.clamp == CLAMPS[0]:
         try:
             return "FrEIA", decoder.to_freia().eval()
@@ -211,21 +235,26 @@ def _reference(decoder: FlowDecoder) -> tuple[str, Callable[..., tuple[Tensor, T
 
 
 @torch.no_grad()
-def _log_prob_per_dimension(decoder: Callable[..., tuple[Tensor, Tensor]], case: Case) -> Tensor:
+def log_prob_per_dimension(decoder: Callable[..., tuple[Tensor, Tensor]], case: Case) -> Tensor:
     """As the published code does it: rows, concatenated encoding, u and log_det, (B H W,)."""
     batch, channels, height, width = case.features.shape
     z = case.features.permute(0, 2, 3, 1).reshape(-1, channels)
+    encoding = None
+    if case.decoder.condition:
+        encoding = positional_encoding(case.decoder.condition, height, width).to(z.device)
+        encoding = encoding.flatten(1).t().repeat(batch, 1)
+    return rows_log_prob(decoder, z, encoding) / channels
+
+
+def rows_log_prob(decoder: Callable[..., tuple[Tensor, Tensor]], z: Tensor, encoding: Tensor | None) -> Tensor:
+    """log p (N,) of rows (N, D) under encodings (N, C) by FrEIA's module or a FlowDecoder, in its dtype."""
     z = z.double() if isinstance(decoder, FlowDecoder) and decoder.dtype == torch.float64 else z
-    if not case.decoder.condition:
-        u, log_det = decoder(z)
-    else:
-        encoding = positional_encoding(case.decoder.condition, height, width).to(z)
-        u, log_det = decoder(z, [encoding.flatten(1).t().repeat(batch, 1)])
+    u, log_det = decoder(z) if encoding is None else decoder(z, [encoding.to(z)])
     u, log_det = (x if x.dtype == torch.float64 else x.float() for x in (u, log_det))
-    return (gaussian_log_prob(u) + log_det) / channels
+    return gaussian_log_prob(u) + log_det
 
 
-def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 autocast, emulated on devices that cannot multiply bf16 at a bearable speed."""
     if multiplies_bf16(device):
         return torch.autocast(device.type, dtype=torch.bfloat16)

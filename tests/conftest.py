@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated; before anything imports triton
 
 import numpy as np
 import pytest

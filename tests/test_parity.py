@@ -88,10 +88,10 @@ def test_emulated_autocast_is_the_real_one_but_for_the_order_of_sums(permute_sof
     case = random_case(64, permute_soft, activation=activation, size=(1, 12, 20))
     freia: Any = case.decoder.to_freia().eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        real = parity._log_prob_per_dimension(freia, case)
+        real = parity.log_prob_per_dimension(freia, case)
     with parity.EmulatedAutocast():
-        emulated = parity._log_prob_per_dimension(freia, case)
-    in_fp32 = parity._log_prob_per_dimension(freia, case)
+        emulated = parity.log_prob_per_dimension(freia, case)
+    in_fp32 = parity.log_prob_per_dimension(freia, case)
     assert (real == emulated).double().mean() > 0.9
     deviation, difference = measure(real, in_fp32), measure(emulated, real)
     assert difference.rms < 0.2 * deviation.rms
@@ -102,7 +102,18 @@ def test_emulated_autocast_is_the_real_one_but_for_the_order_of_sums(permute_sof
 def test_autocast_is_emulated_only_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast in (False, True):
         monkeypatch.setattr("cflow_fast.parity.multiplies_bf16", lambda device, fast=fast: fast)
-        assert isinstance(parity._autocast(CPU), torch.autocast if fast else parity.EmulatedAutocast)
+        assert isinstance(parity.autocast(CPU), torch.autocast if fast else parity.EmulatedAutocast)
+
+
+def test_yardstick_of_tf32_is_freia_with_tf32_where_there_is_tf32() -> None:
+    cuda = torch.device("cuda")
+    assert [parity._kind(precision, cuda) for precision in parity.precisions(cuda)] == ["fp32", "fp32", "tf32", "bf16"]
+    assert [parity._kind(precision, CPU) for precision in parity.precisions(cuda)] == ["fp32", "fp32", "fp32", "bf16"]
+    before = torch.backends.cuda.matmul.allow_tf32
+    for kind in ("fp32", "tf32", "bf16"):
+        with parity._arithmetic_of(kind, CPU):
+            assert torch.backends.cuda.matmul.allow_tf32 == (kind == "tf32")
+        assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
 # Faults
@@ -183,6 +194,8 @@ NO_ERROR = Error(0.0, 0.0, 0.0, 1.0)
         ("fp32", Error(1.6e-6, 0.0, 1e-6, 1.0), Error(1e-6, 0, 0, 1), 1),
         ("fp32", Error(1e-6, 0.0, 3.1e-6, 1.0), Error(1e-6, 0, 0, 1), 1),
         ("fp32", NO_ERROR, NO_ERROR, 0),
+        ("tf32", Error(1.0, 1e-4, 1.0, 0.9), Error(0.1, 1e-4, 0, 1), 0),
+        ("tf32", Error(0.1, 1.1e-4, 1.0, 1.0), Error(0.1, 1e-4, 0, 1), 1),
         ("bf16", Error(0.01, 0.009, 1.0, 0.9996), Error(0.01, 0.01, 0, 1), 0),
         ("bf16", Error(0.01, 0.0091, 1.0, 0.9996), Error(0.01, 0.01, 0, 1), 1),
         ("bf16", Error(0.011, 0.009, 1.0, 0.9994), Error(0.01, 0.01, 0, 1), 2),
@@ -190,7 +203,7 @@ NO_ERROR = Error(0.0, 0.0, 0.0, 1.0)
     ],
 )
 def test_yardstick_is_at_its_numbers(kind: str, ours: Error, theirs: Error, failures: int) -> None:
-    assert len(parity._failures(kind, ours, theirs)) == failures
+    assert len(parity.failures(kind, ours, theirs)) == failures
 
 
 def test_rows_can_be_written_as_json() -> None:

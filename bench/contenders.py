@@ -1,0 +1,103 @@
+"""What a contender is, and the precisions that a device can be asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cflow_fast.bench.measurement import Run, matmul_precision
+from cflow_fast.precision import multiplies_bf16
+
+OURS = "cflow-fast"
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class UnavailableError(Exception):
+    """A contender that cannot take part; `status` is its row's, the message the row's note."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Built:
+    """A contender ready to run on one case.
+
+    `log_probs` takes feature maps [(B, D, H, W), ...] of the case's shapes to this contender's log p / D [(B, H, W),
+    ...]; None for what has no likelihood.
+    """
+
+    run: Run
+    log_probs: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+    model_bytes: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One entry of a benchmark: `build(work, precision)` makes it ready for a case's tensors.
+
+    `packages` are the imports it needs; `reduced` says whether it has precisions below fp32.
+    """
+
+    name: str
+    build: Callable[[Any, str], Built]
+    packages: tuple[str, ...] = ()
+    reduced: bool = True
+
+    def check(self, precision: str, device: torch.device) -> None:
+        """Raise UnavailableError unless it can be built here."""
+        for package in self.packages:
+            if not is_installed(package):
+                raise UnavailableError("not installed", f"pip install {package}")
+        if precision != "fp32" and not self.reduced:
+            raise UnavailableError("not available", "it runs in fp32 only")
+        if precision not in device_precisions(device):
+            raise UnavailableError("not available", f"this {device.type} does not multiply {precision}")
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def registry(*contenders: Contender) -> dict[str, Contender]:
+    return {contender.name: contender for contender in contenders}
+
+
+def device_precisions(device: torch.device) -> tuple[str, ...]:
+    """Those that the device's matrix units have."""
+    reduced = multiplies_bf16(device)  # from the same generation of GPUs on, tf32 too
+    has = {"fp32": True, "tf32": reduced and device.type == "cuda", "bf16": reduced}
+    return tuple(name for name in PRECISIONS if has[name])
+
+
+class eager_precision(AbstractContextManager[None]):  # noqa: N801  a context manager, named as torch names its own
+    """Runs eager PyTorch in a precision: full float32, tf32 products, or bf16 autocast."""
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        self.precision, self.device = precision, device
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        self.stack.enter_context(torch.no_grad())
+        self.stack.enter_context(matmul_precision(self.precision))
+        if self.precision == "bf16":
+            self.stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+
+def module_bytes(modules: Iterable[nn.Module]) -> int:
+    """Of all parameters and buffers, each counted once."""
+    tensors = {
+        tensor.data_ptr(): tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers())
+    }
+    return sum(tensors.values())

@@ -1,0 +1,236 @@
+"""`bench end-to-end`: the whole model, encoder of random weights included, from images in memory to anomaly maps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cflow_fast.bench import peers
+from cflow_fast.bench.baselines import SPADE, PaDiM
+from cflow_fast.bench.baselines import spade as spade_costs
+from cflow_fast.bench.cases import DecoderCase, Decoders
+from cflow_fast.bench.contenders import (
+    OURS,
+    Built,
+    Contender,
+    UnavailableError,
+    eager_precision,
+    module_bytes,
+    registry,
+)
+from cflow_fast.bench.decoder import folded_log_probs
+from cflow_fast.bench.maps import eager_map, lists_map
+from cflow_fast.bench.measurement import matrix_rate
+from cflow_fast.encoders import Encoder, calibrate_batch_norm
+from cflow_fast.model import CFlowAD
+
+EncoderCall = Callable[[Tensor], list[Tensor]]
+
+RESNET_TAPS = ("layer1", "layer2", "layer3")
+LONGEST_CALL = 30.0
+"""Seconds. A contender that is counted to take longer is left out."""
+
+
+@dataclass(frozen=True)
+class ModelCase(DecoderCase):
+    """A whole model on a batch of square images."""
+
+    bench: str = "end-to-end"
+
+    def flop(self) -> float | None:
+        """Encoders are not counted."""
+        return None
+
+    def work(self) -> ModelWork:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = CFlowAD(self.encoder, coupling_blocks=1, pretrained=False, image_size=self.size)
+            images = torch.rand(self.batch, 3, self.size, self.size)
+        model.to(self.device).eval()
+        images = images.to(self.device)
+        _settle(model.encoder, self.size, self.device)
+        model.decoders = nn.ModuleList(self.decoders())
+        features = _encode(model.encoder, images)
+        model.log_prob_max.zero_()  # a map needs maxima, and its time does not depend on them
+        return ModelWork(self.decoders(), features, model, images)
+
+
+@dataclass(frozen=True)
+class ModelWork(Decoders):
+    """A model, images (B, 3, H, W), and the features that its encoder makes of them."""
+
+    model: CFlowAD
+    images: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.images.shape[2]
+
+
+def ours(work: ModelWork, precision: str) -> Built:
+    """This package's model; in bf16 the encoder runs under autocast, as the peers' do."""
+    model = copy.copy(work.model)
+    model.precision = precision
+
+    def run() -> Tensor:
+        with eager_precision(precision, work.device):
+            return model(work.images)
+
+    decoders = model.folded()
+    return Built(run, folded_log_probs(decoders), module_bytes([model.encoder, *decoders]))
+
+
+def freia(work: ModelWork, precision: str) -> Built:
+    """The same encoder, FrEIA on all rows at once, the map in eager PyTorch."""
+    return _with_encoder(work, precision, peers.freia(work, precision), work.reference, work.model.encoder)
+
+
+def freia_compile(work: ModelWork, precision: str) -> Built:
+    """The same, encoder and FrEIA's modules under torch.compile."""
+    encoder, *sequences = peers.compiled([work.model.encoder, *work.reference])
+    built = _with_encoder(work, precision, peers.freia(work, precision), sequences, encoder)
+    peers.compile_now(built.run)
+    return built
+
+
+def _with_encoder(
+    work: ModelWork, precision: str, decoders: Built, sequences: peers.Sequences, encoder: EncoderCall
+) -> Built:
+    encodings = [peers.rows_encoding(d.condition, f) for d, f in zip(work.decoders, work.features, strict=True)]
+
+    def run() -> Tensor:
+        with eager_precision(precision, work.device):
+            maps = zip(sequences, _encode(encoder, work.images), encodings, strict=True)
+            return eager_map([peers.row_log_prob(s, f, c) / f.shape[1] for s, f, c in maps], work.size)
+
+    return Built(run, decoders.log_probs, module_bytes([work.model.encoder, *work.reference]))
+
+
+@torch.no_grad()
+def _encode(encoder: EncoderCall, images: Tensor) -> list[Tensor]:
+    """By the timm model as it is: what this package's model does to it is its own."""
+    return encoder(images.contiguous(memory_format=torch.channels_last))
+
+
+def cflow_ad_loop(work: ModelWork, precision: str) -> Built:
+    """The published speed run: encoder and decoders, no likelihood and no map."""
+
+    def run() -> None:
+        with eager_precision(precision, work.device):
+            for sequence, features in zip(work.reference, _encode(work.model.encoder, work.images), strict=True):
+                for _ in peers.fibers(sequence, features, work.decoders[0].condition):
+                    pass
+
+    built = peers.cflow_ad_loop(work, precision)
+    size = module_bytes([work.model.encoder, *work.reference])
+    return Built(run, built.log_probs, size, "its speed run: neither likelihood nor map is computed")
+
+
+def cflow_ad_loop_lists(work: ModelWork, precision: str) -> Built:
+    """The published accuracy run, its map in float64 from Python lists."""
+    sides = [(f.shape[2], f.shape[3]) for f in work.features]
+
+    def run() -> Any:
+        with eager_precision(precision, work.device):
+            features = _encode(work.model.encoder, work.images)
+            lists = peers.loop_lists(work.reference, features, work.decoders[0].condition)
+        return lists_map(lists, sides, work.size)
+
+    built = peers.cflow_ad_loop_lists(work, precision)
+    return Built(run, built.log_probs, module_bytes([work.model.encoder, *work.reference]), built.note)
+
+
+def anomalib(work: ModelWork, precision: str) -> Built:
+    """anomalib's CflowModel as it ships, in fibers of 64, on images that are normalised already."""
+    from anomalib.models.image.cflow.torch_model import CflowModel
+
+    first = work.decoders[0]
+    model = CflowModel(
+        work.model.encoder.name,
+        list(work.model.encoder.layers),
+        pre_trained=False,
+        condition_vector=first.condition,
+        coupling_blocks=first.coupling_blocks,
+        clamp_alpha=first.affine_clamping,
+    )
+    model.encoder.feature_extractor.load_state_dict(work.model.encoder.network.state_dict(), strict=False)
+    decoders = peers.anomalib_decoders(work, precision)
+    for theirs, sequence in zip(model.decoders, work.reference, strict=True):
+        theirs.load_state_dict(sequence.state_dict())
+    model.to(work.device).eval()
+    normalised = (work.images - work.model.encoder.mean) / work.model.encoder.std
+
+    def run() -> Any:
+        with eager_precision(precision, work.device):
+            return model(normalised)
+
+    size = module_bytes([model])
+    return Built(run, decoders.log_probs, size, "its forward in fibers of 64, on normalised images")
+
+
+def padim(work: ModelWork, precision: str) -> Built:
+    """PaDiM, fitted to random images: another method, for its speed."""
+    method = PaDiM(_baseline_encoder(work, RESNET_TAPS))
+    method.fit(_random_images(work, 4))
+    return _method(work, precision, method)
+
+
+def spade(work: ModelWork, precision: str) -> Built:
+    """SPADE with a gallery of as many random images as it compares with."""
+    encoder = _baseline_encoder(work, (*RESNET_TAPS, "layer4"))
+    channels, strides = encoder.channels[: spade_costs.PYRAMID_SCALES], encoder.strides
+    positions = [(-(-work.size // stride)) ** 2 for stride in strides[: len(channels)]]
+    flop = len(work.images) * spade_costs.counted_flop(list(channels), positions)
+    expected = flop / matrix_rate("fp32", work.device)
+    if expected > LONGEST_CALL:
+        raise UnavailableError("not available", f"a call is counted to take {expected:.0f} s: {flop / 1e12:.1f} TFLOP")
+    method = SPADE(encoder)
+    method.fit(_random_images(work, spade_costs.NEIGHBOURS))
+    return _method(work, precision, method)
+
+
+def _method(work: ModelWork, precision: str, method: PaDiM | SPADE) -> Built:
+    def run() -> Tensor:
+        with eager_precision(precision, work.device):
+            return method.anomaly_map(work.images)
+
+    return Built(run, None, method.model_bytes, "another method: no likelihood to compare")
+
+
+def _baseline_encoder(work: ModelWork, resnet_taps: Sequence[str]) -> Encoder:
+    """The case's encoder with the taps of the method's paper, where it is a ResNet."""
+    own = work.model.encoder
+    layers = resnet_taps if "resnet" in own.name else own.layers
+    encoder = Encoder(own.name, layers, pretrained=False).to(work.device)
+    _settle(encoder, work.size, work.device)
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def _settle(encoder: Encoder, size: int, device: torch.device) -> None:
+    """Batch norms that let something through, from two random images that leave more than one value a channel."""
+    side = max(size, 2 * max(encoder.strides))
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    calibrate_batch_norm(encoder, [images.contiguous(memory_format=torch.channels_last)])
+
+
+def _random_images(work: ModelWork, count: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.rand(1, 3, work.size, work.size, generator=generator).to(work.device)
+
+
+CONTENDERS = registry(
+    Contender(OURS, ours),
+    Contender("freia", freia, ("FrEIA",)),
+    Contender("freia-compile", freia_compile, ("FrEIA",)),
+    Contender("cflow-ad-loop", cflow_ad_loop, ("FrEIA",)),
+    Contender("cflow-ad-loop-lists", cflow_ad_loop_lists, ("FrEIA",)),
+    Contender("anomalib", anomalib, ("anomalib", "FrEIA")),
+    Contender("padim", padim, reduced=False),
+    Contender("spade", spade, reduced=False),
+)

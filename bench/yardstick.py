@@ -1,0 +1,106 @@
+"""How far a contender's log p / D may be from float64: what FrEIA itself loses on the same features."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cflow_fast import parity
+from cflow_fast.bench.contenders import OURS, Built
+from cflow_fast.decoder import FlowDecoder
+from cflow_fast.positional import positional_encoding
+
+MOST_POSITIONS = 2**19
+"""Of a scale, divided by D: 1024 positions at D = 512."""
+LEAST_POSITIONS = 320
+
+PEER_RATIO = 4.0
+"""Largest error of a peer in reduced precision, over FrEIA's under bf16 autocast, that rounding explains: a peer may
+add up its likelihood in bf16 too, which FrEIA leaves to its caller."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a contender's log p / D deviates from float64, and whether it passes."""
+
+    error_max: float
+    error_rms: float
+    parity: bool
+    failures: str = ""
+
+
+class Judge(Protocol):
+    def judge(self, contender: str, precision: str, built: Built) -> Judgement | None: ...
+
+
+class Yardstick:
+    """The exact log p / D of some decoders on some features, at positions drawn from all of them."""
+
+    def __init__(
+        self, decoders: Sequence[FlowDecoder], features: Sequence[Tensor], reference: Sequence[Any], seed: int = 0
+    ) -> None:
+        self.decoders, self.features, self.reference = decoders, features, reference
+        generator = torch.Generator().manual_seed(seed)
+        self.positions = [_positions(f, generator).to(f.device) for f in features]
+
+    def judge(self, contender: str, precision: str, built: Built) -> Judgement | None:
+        """None for a contender without a likelihood."""
+        if built.log_probs is None:
+            return None
+        log_probs = built.log_probs(self.features)
+        ours = parity.measure(self._chosen([x.flatten() for x in log_probs]), self.exact)
+        kind = "bf16" if precision == "bf16" else "fp32"
+        failures = parity.failures(kind, ours, self._loss(kind)) if contender == OURS else self._peer(precision, ours)
+        return Judgement(ours.maximum, ours.rms, not failures, "; ".join(failures))
+
+    def _peer(self, precision: str, error: parity.Error) -> list[str]:
+        """A peer is judged by its precision: tf32 keeps three bits more than bf16, and is held to bf16's bound."""
+        if precision == "fp32":
+            return parity.failures("fp32", error, self._loss("fp32"))
+        limit = PEER_RATIO * self._loss("bf16").maximum
+        return [] if error.maximum <= limit else [f"maximum is {error.maximum:.3g}, over {limit:.3g}"]
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """All scales one after the other."""
+        return self._per_dimension([copy.deepcopy(decoder).double() for decoder in self.decoders])
+
+    def _loss(self, kind: str) -> parity.Error:
+        return self._bf16_loss if kind == "bf16" else self._fp32_loss
+
+    @cached_property
+    def _fp32_loss(self) -> parity.Error:
+        return parity.measure(self._per_dimension(self.reference), self.exact)
+
+    @cached_property
+    def _bf16_loss(self) -> parity.Error:
+        with parity.autocast(self.features[0].device):
+            return parity.measure(self._per_dimension(self.reference), self.exact)
+
+    @torch.no_grad()
+    def _per_dimension(self, decoders: Sequence[Any]) -> Tensor:
+        parts = []
+        for decoder, own, features, at in zip(decoders, self.decoders, self.features, self.positions, strict=True):
+            rows = features.permute(0, 2, 3, 1).reshape(-1, own.features)[at].float()
+            encoding = None
+            if own.condition:
+                every = positional_encoding(own.condition, *features.shape[2:]).flatten(1).t().to(rows.device)
+                encoding = every[at % len(every)]
+            parts.append(parity.rows_log_prob(decoder, rows, encoding) / own.features)
+        return torch.cat(parts)
+
+    def _chosen(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([x[at] for x, at in zip(values, self.positions, strict=True)])
+
+
+def _positions(features: Tensor, generator: torch.Generator) -> Tensor:
+    batch, channels, height, width = features.shape
+    count = batch * height * width
+    wanted = max(LEAST_POSITIONS, MOST_POSITIONS // channels)
+    return torch.arange(count) if count <= wanted else torch.randperm(count, generator=generator)[:wanted]

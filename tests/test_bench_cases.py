@@ -1,0 +1,140 @@
+"""Cases are what the encoders make, and every peer computes the likelihoods that it is timed for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cflow_fast.bench import end_to_end, maps, peers, training
+from cflow_fast.bench.cases import ENCODERS, DecoderCase, Scales, decoder_flop, grid, scales_of
+from cflow_fast.bench.contenders import OURS, is_installed
+from cflow_fast.bench.decoder import CONTENDERS
+from cflow_fast.bench.maps import MapCase, MapWork
+from cflow_fast.encoders import Encoder
+from cflow_fast.errors import EncoderError
+
+CASE = DecoderCase("tiny", Scales((16, 24), (8, 16)), 136, 2, "soft", coupling_blocks=2, condition=8)
+EAGER = [name for name in CONTENDERS if name not in (OURS, "freia-compile")]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_known_scales_are_the_encoders_own(name: str) -> None:
+    encoder = Encoder(name, pretrained=False)
+    assert ENCODERS[name] == Scales(encoder.channels, encoder.strides)
+    images = torch.rand(1, 3, 72, 72)  # no multiple of the strides
+    assert [f.shape[2] for f in encoder(images)] == list(ENCODERS[name].sides(72))
+
+
+def test_scales_of_another_encoder_are_asked_for_and_an_unknown_one_is_refused() -> None:
+    assert scales_of("resnet10t") == Scales((128, 256, 512), (8, 16, 32))
+    with pytest.raises(EncoderError, match="no encoder 'resnet19'"):
+        scales_of("resnet19")
+
+
+def test_flop_of_the_wide_resnets_decoders_are_those_that_were_counted_by_hand() -> None:
+    """Multiply-adds an image of 256 px, in units of 10^9, without the last rotation."""
+    scales = ENCODERS["wide_resnet50_2"]
+    soft, hard = (
+        sum(decoder_flop(d, n, 8, 128, kind) for d, n in zip(scales.channels, scales.rows(256, 1), strict=True)) / 2e9
+        for kind in (True, False)
+    )
+    assert soft == pytest.approx(18.1, abs=0.1)
+    assert hard == pytest.approx(12.5, abs=0.1)
+
+
+def test_work_is_the_same_for_the_same_seed_and_leaves_the_global_generator() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first, second = CASE.work(), replace(CASE, size=136).work()
+    other = replace(CASE, seed=1).work()
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.features[0], second.features[0])
+    assert not torch.equal(first.features[0], other.features[0])
+    states = [work.decoders[1].state_dict() for work in (first, second, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["blocks.0.rotation"], states[2]["blocks.0.rotation"])
+
+
+def test_rotations_of_a_decoder_are_rotations_and_differ_from_block_to_block() -> None:
+    first, second = (CASE.work().decoders[1].blocks[k].rotation.double() for k in (0, 1))
+    for rotation in (first, second):
+        torch.testing.assert_close(rotation @ rotation.t(), torch.eye(24).double(), rtol=0, atol=1e-6)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_peer_computes_the_likelihoods_that_it_is_timed_for(name: str) -> None:
+    if not all(map(is_installed, CONTENDERS[name].packages)):
+        pytest.skip(f"{name} is not installed")
+    work = CASE.work()
+    built = CONTENDERS[name].build(work, "fp32")
+    built.run()
+    judged = CASE.yardstick(work).judge(name, "fp32", built)  # type: ignore[union-attr]
+    assert judged is not None
+    assert judged.parity, judged.failures
+
+
+@pytest.mark.parametrize("name", ["cflow-ad-loop", "cflow-ad-loop-lists"])
+def test_published_loop_takes_256_vectors_at_a_time(name: str) -> None:
+    work = CASE.work()
+    seen: list[int] = []
+    work.reference[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    CONTENDERS[name].build(work, "fp32").run()
+    assert seen == [256, 256, 2 * 17 * 17 - 512]
+
+
+def test_published_accuracy_run_collects_every_likelihood_in_lists() -> None:
+    work = CASE.work()
+    with torch.no_grad():
+        lists = peers.loop_lists(work.reference, work.features, work.decoders[0].condition)
+    for values, decoder, features in zip(lists, work.decoders, work.features, strict=True):
+        expected = decoder.log_prob(features).flatten() / decoder.features
+        torch.testing.assert_close(torch.tensor(values), expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in maps.CONTENDERS if name != "anomalib"])
+def test_every_map_is_the_map_in_float64(name: str) -> None:
+    case = MapCase("resnet18", ENCODERS["resnet18"], 64, 2)
+    work = case.work()
+    judged = case.yardstick(work).judge(name, "fp32", maps.CONTENDERS[name].build(work, "fp32"))
+    assert judged.parity, judged.failures
+
+
+def test_a_wrong_map_is_found() -> None:
+    case = MapCase("resnet18", ENCODERS["resnet18"], 64, 2)
+    work = case.work()
+    other = MapWork([log_prob + 1e-3 * torch.rand_like(log_prob) for log_prob in work.log_probs], work.size)
+    judged = case.yardstick(work).judge(OURS, "fp32", maps.ours(other, "fp32"))
+    assert not judged.parity
+
+
+def test_training_leaves_the_case_as_it_was_and_moves_its_own_copy() -> None:
+    case = training.TrainingCase("resnet18", ENCODERS["resnet18"], 32, 1, "hard", coupling_blocks=1, condition=8)
+    work = case.work()
+    before = [parameter.clone() for decoder in work.decoders for parameter in decoder.parameters()]
+    for name in training.CONTENDERS:
+        built = training.CONTENDERS[name].build(work, "fp32")
+        built.run()
+        judged = case.yardstick(work).judge(name, "fp32", built)  # type: ignore[union-attr]
+        assert judged is not None
+        assert judged.parity, (name, judged.failures)
+    after = [parameter for decoder in work.decoders for parameter in decoder.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert case.extra(0.5)["epoch_seconds"] == 50
+
+
+def test_whole_models_of_all_contenders_give_maps_of_the_images_size() -> None:
+    case = end_to_end.ModelCase("resnet18", ENCODERS["resnet18"], 64, 2, "hard", coupling_blocks=1, condition=8)
+    work = case.work()
+    for name in (OURS, "freia", "cflow-ad-loop-lists"):
+        result = end_to_end.CONTENDERS[name].build(work, "fp32").run()
+        assert tuple(result.shape) == (2, 64, 64), name  # type: ignore[attr-defined]
+
+
+def test_grid_puts_cases_that_share_their_decoders_next_to_each_other() -> None:
+    found = grid(DecoderCase, ["resnet18"], ["soft", "hard"], [64, 128], [1, 8], torch.device("cpu"))
+    assert [case.permutations for case in found] == ["soft"] * 4 + ["hard"] * 4
+    assert found[0].decoders() is found[3].decoders()
