@@ -278,7 +278,7 @@ class CFlowAD(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What was made from the parameters is neither copied nor pickled."""
-        derived = {"_folded": [], "_folded_from": None, "_fused_encoder": None, "_fused_from": None}
+        derived: dict[str, Any] = {"_folded": [], "_folded_from": None, "_fused_encoder": None, "_fused_from": None}
         derived |= {"_graphs": None, "_graphs_of": None}
         return self.__dict__ | derived
 

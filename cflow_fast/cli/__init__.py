@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cflow_fast.cli.bench import bench
 from cflow_fast.cli.calibrate import calibrate
 from cflow_fast.cli.demo import demo
 from cflow_fast.cli.info import info
@@ -51,5 +52,5 @@ class _Warnings(logging.Handler):
         click.echo(f"Note: {message}", err=True)
 
 
-for command in (train, test, predict, calibrate, info, demo, parity):
+for command in (train, test, predict, calibrate, info, demo, parity, bench):
     main.add_command(command)

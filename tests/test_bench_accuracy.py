@@ -1,0 +1,178 @@
+"""`bench accuracy` and `bench ablation` on a tiny category, and the paper's figures beside them."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from tiny import recipe
+
+from cflow_fast.bench import accuracy as bench
+from cflow_fast.bench import paper
+from cflow_fast.bench.ablation import variations
+from cflow_fast.bench.baselines import maps
+from cflow_fast.bench.results import read_results
+from cflow_fast.cli.bench_accuracy import accuracy
+from cflow_fast.datasets import MVTecCategory
+from cflow_fast.errors import CFlowFastError, DataError, EncoderError
+
+TINY = ("--encoder", "resnet18", "--layers", "layer1,layer2", "--untrained", "--device", "cpu", "--steps", "3")
+
+
+def run(command: click.Command, *arguments: object) -> Result:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, (SystemExit, CFlowFastError)):
+        raise result.exception
+    return result
+
+
+def scores(image_auroc: float = 0.9, **others: Any) -> bench.Scores:
+    facts = {"pixel_auroc": 0.8, "aupro": 0.7, "fit_seconds": 1.0, "seconds_per_image": 0.5, "model_bytes": 10}
+    return bench.Scores(image_auroc, **facts | others)
+
+
+def setting(**options: Any) -> bench.Setting:
+    return bench.Setting("resnet18", recipe(steps=3), 64, ("layer1", "layer2"), pretrained=False, **options)
+
+
+def test_three_methods_over_two_seeds(category: Path, tmp_path: Path) -> None:
+    result = run(accuracy, category, *TINY, "--image-size", 64, "--runs", 2, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0
+    assert "best epoch on the test set, at an image size chosen for each class" in " ".join(result.output.split())
+    rows = {row.contender: row for row in read_results(tmp_path / "out.json").rows}
+    assert list(rows) == list(bench.METHODS)
+    for name in ("cflow-fast", "padim"):
+        assert rows[name].extra["seeds"] == [0, 1]
+        assert rows[name].extra["pixel_auroc_deviation"] > 0
+    assert rows["spade"].extra["seeds"] == [0]
+    assert rows["spade"].extra["image_auroc_deviation"] is None
+    assert rows["spade"].extra["neighbour_auroc"] is not None
+    for row in rows.values():
+        assert row.extra["pixel_auroc"] > 0.9  # the scratches are plain to see
+        assert row.images_per_second is not None
+        assert row.images_per_second > 0
+        assert row.extra["fit_seconds"] > 0
+        assert row.axes == {"category": "cloth", "encoder": "resnet18", "size": 64}
+        assert f"{100 * row.extra['pixel_auroc']:.2f}" in result.output
+
+
+def test_a_paper_category_has_the_papers_figures_beside_it(
+    category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bottle = shutil.copytree(category, tmp_path / "bottle")
+    monkeypatch.setattr(bench, "measure", lambda *arguments: scores())
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/cflow-fast", "bench", "accuracy", str(bottle), "--runs", "4"])
+    path = tmp_path / "out.json"
+    result = run(accuracy, bottle, "--runs", 4, "--device", "cpu", "--json", path)
+    text = " ".join(result.output.split())
+    assert "CFLOW-AD at 512 px" in text
+    assert all(figure in text for figure in ("98.98", "96.80", "98.30", "94.80", "98.40", "95.50"))
+    assert read_results(path).command == "cflow-fast bench accuracy bottle --runs 4"
+    assert read_results(path).rows[0].extra["seeds"] == [0, 1, 2, 3]
+
+
+def test_means_and_deviations_are_the_samples(category: Path) -> None:
+    values = [0.91, 0.95, 0.99]
+    row = bench.summary_row("padim", "cloth", setting(), [scores(value) for value in values], [0, 1, 2])
+    assert row.extra["image_auroc"] == pytest.approx(0.95)
+    assert row.extra["image_auroc_deviation"] == pytest.approx(statistics.stdev(values))
+    assert row.extra["pixel_auroc_deviation"] == pytest.approx(0)
+    assert row.images_per_second == 2.0
+    one = bench.summary_row("padim", "cloth", setting(), [scores(float("nan"))], [0])
+    assert one.extra["image_auroc"] is None  # undefined, and no number that JSON does not have
+
+
+def test_the_same_seed_gives_the_same_scores(category: Path) -> None:
+    found = MVTecCategory(category)
+    for method in ("cflow-fast", "padim"):
+        first, again, other = (bench.measure(method, found, setting(), seed) for seed in (4, 4, 5))
+        assert first.pixel_auroc == again.pixel_auroc != other.pixel_auroc
+
+
+def test_a_test_image_that_cannot_be_read_is_skipped_and_said_once(category: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(category, tmp_path / "cloth")
+    (copy / "test/good/002.png").write_bytes(b"no image")
+    result = run(accuracy, copy, *TINY, "--image-size", 64, "--runs", 2, "--methods", "padim")
+    assert result.exit_code == 0
+    assert "1 image(s) were skipped" in result.output
+    assert result.stderr.count("skipped cannot read image") == 1
+
+
+def test_an_interruption_prints_what_there_is(category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(method: str, *arguments: Any) -> bench.Scores:
+        if method == "spade":
+            raise KeyboardInterrupt
+        return scores()
+
+    monkeypatch.setattr(bench, "measure", measure)
+    result = run(accuracy, category, *TINY, "--methods", "padim,spade", "--json", tmp_path / "out.json")
+    assert result.exit_code == 130
+    assert "90.00" in result.output
+    assert [row.contender for row in read_results(tmp_path / "out.json").rows] == ["padim"]
+
+
+def test_a_method_that_does_not_fit_into_memory_is_a_row_that_says_so(
+    category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "free_bytes", lambda device: 1000)
+    path = tmp_path / "out.json"
+    result = run(accuracy, category, *TINY, "--image-size", 64, "--methods", "padim", "--json", path)
+    assert result.exit_code == 0
+    (row,) = read_results(path).rows
+    assert row.status == "out of memory"
+    assert "PaDiM needs" in row.note
+
+
+def test_wrong_input_is_one_clear_line(category: Path, tmp_path: Path) -> None:
+    without = shutil.copytree(category, tmp_path / "cloth")
+    shutil.rmtree(without / "train")
+    result = run(accuracy, without, *TINY)
+    assert isinstance(result.exception, DataError)
+    assert "has no folder train/good" in str(result.exception)
+    result = run(accuracy, category, "--encoder", "resnet81", "--untrained", "--device", "cpu")
+    assert isinstance(result.exception, EncoderError)
+    assert "\n" not in str(result.exception)
+    result = run(accuracy, category, *TINY, "--methods", "padim,patchcore")
+    assert result.exit_code == 2
+    assert "unknown method 'patchcore'; there are cflow-fast, padim, spade" in result.stderr
+
+
+def test_the_papers_figures_average_to_its_abstract() -> None:
+    """98.26 and 98.62 AUROC and 94.60 AUPRO, as the paper's averages are."""
+    rows = paper.TABLE_3.values()
+    assert len(paper.TABLE_3) == 15
+    averages = [statistics.fmean(getattr(row.cflow, name) for row in rows) for name in bench.METRICS]
+    assert averages == pytest.approx([98.26, 98.62, 94.60], abs=0.01)
+    bottle = paper.TABLE_3["bottle"]
+    assert bottle.figures("padim", "resnet18").pixel_auroc == 98.3
+    assert bottle.figures("cflow-fast", "resnet18").pixel_auroc == 98.64
+    assert bottle.figures("cflow-fast", "wide_resnet50_2").pixel_auroc == 98.98
+
+
+def test_the_papers_taps_are_the_baselines(category: Path) -> None:
+    assert bench.baseline_encoder("padim", setting()).layers == ("layer1", "layer2", "layer3")
+    assert bench.baseline_encoder("spade", setting()).layers == ("layer1", "layer2", "layer3", "layer4")
+    assert bench.baseline_encoder("spade", setting(baseline_layers=("layer2",))).layers == ("layer2",)
+
+
+def test_an_ablation_changes_one_factor_at_a_time() -> None:
+    base = setting()
+    found = variations(base, sizes=(64, 32), encoders=("mobilenetv3_large_100",))
+    assert [variation.label for variation in found] == [
+        "base",
+        "coupling layers: 4",
+        "pooling layers: 1",
+        "image size: 32 px",
+        "condition: none",
+        "encoder: mobilenetv3_large_100",
+    ]
+    changed = [
+        {name for name in vars(base) if getattr(variation.setting, name) != getattr(base, name)} for variation in found
+    ]
+    assert changed == [set(), {"coupling_blocks"}, {"layers"}, {"image_size"}, {"condition"}, {"encoder", "layers"}]
+    assert found[2].setting.layers == ("layer2",)

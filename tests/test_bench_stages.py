@@ -1,0 +1,77 @@
+"""The stages of a prediction add up to the whole, give what `predict` gives, and can be seen in a trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli import run
+
+from cflow_fast.bench.measurement import Effort
+from cflow_fast.bench.stages import TOTAL, StagesInterrupted, Stopwatch, made_images, predict_in_stages, stage_rows
+from cflow_fast.model import CFlowAD
+
+SIX = Effort(seconds=60, target=1e-9, least_rounds=6, most_rounds=6)
+
+
+def test_stages_add_up_to_the_whole_within_five_percent(model: CFlowAD, good_paths: list[Path]) -> None:
+    rows = stage_rows(model, good_paths[:4], 2, SIX)
+    names = [str(row.axes["stage"]) for row in rows]
+    assert names[:5] == ["read", "decode", "resize", "copy", "encode"]
+    assert [name.split(" (")[0] for name in names[5:]] == ["decoder 1", "decoder 2", "map", "write", TOTAL]
+    *stages, total = rows
+    assert total.extra["share"] == pytest.approx(1.0)
+    assert sum(row.extra["share"] for row in stages) == pytest.approx(1.0, abs=0.05)
+    assert sum(row.extra["milliseconds_per_image"] for row in stages) == pytest.approx(
+        total.extra["milliseconds_per_image"], rel=0.05
+    )
+    assert all(row.seconds is not None and row.seconds.rounds == 6 for row in rows)
+
+
+def test_staged_prediction_writes_what_predict_writes(model: CFlowAD, good_paths: list[Path], tmp_path: Path) -> None:
+    model.save(tmp_path / "model.safetensors")
+    assert run("predict", tmp_path / "model.safetensors", *good_paths, "-o", tmp_path / "plain").exit_code == 0
+    predict_in_stages(model, good_paths, tmp_path / "staged", 8, Stopwatch(model.device))
+    plain, staged = (sorted((tmp_path / name).iterdir()) for name in ("plain", "staged"))
+    assert [path.name for path in plain] == [path.name for path in staged]
+    for a, b in zip(plain, staged, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_interrupted_stages_carry_the_passes_that_were_finished(
+    model: CFlowAD, good_paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+    encode = model.features
+
+    def interrupted(images: object) -> object:
+        if next(calls) == 4:  # one pass to warm up, then three whole ones
+            raise KeyboardInterrupt
+        return encode(images)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "features", interrupted)
+    with pytest.raises(StagesInterrupted) as caught:
+        stage_rows(model, good_paths[:1], 1, SIX)
+    assert [row.seconds.rounds for row in caught.value.rows if row.seconds] == [3] * 10
+
+
+def test_command_prints_the_stages_and_writes_a_trace_that_names_them(
+    model: CFlowAD, good_paths: list[Path], tmp_path: Path
+) -> None:
+    model.save(tmp_path / "model.safetensors")
+    trace = tmp_path / "trace.json"
+    options = ("--model", tmp_path / "model.safetensors", "--profile", trace, "--rounds", "2", "--device", "cpu")
+    result = run("bench", "stages", good_paths[0].parent, *options)
+    assert result.exit_code == 0
+    assert "decoder 2 (D = 128)" in result.output
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"read", "decode", "encode", "map", "write"} <= {event.get("name") for event in events}
+
+
+def test_images_are_made_where_none_are_given(tmp_path: Path) -> None:
+    paths = made_images(tmp_path, 2, (20, 30))
+    assert [path.name for path in paths] == ["000.png", "001.png"]
+    result = run("bench", "stages", "--encoder", "resnet18", "--size", "32", "--count", "1", "--rounds", "1")
+    assert result.exit_code == 0
+    assert "the stages add up to" in result.output
