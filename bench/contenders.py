@@ -15,7 +15,10 @@ from cflow_fast.bench.measurement import Run, matmul_precision
 from cflow_fast.precision import multiplies_bf16
 
 OURS = "cflow-fast"
-PRECISIONS = ("fp32", "tf32", "bf16")
+PLAIN = "cflow-fast-plain"
+"""The same folded weights through PyTorch's own products: what the kernels have to beat."""
+OUR_OWN = (OURS, PLAIN)
+PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")
 
 
 class UnavailableError(Exception):
@@ -59,6 +62,8 @@ class Contender:
                 raise UnavailableError("not installed", f"pip install {package}")
         if precision != "fp32" and not self.reduced:
             raise UnavailableError("not available", "it runs in fp32 only")
+        if precision == "tf32x3" and self.name != OURS:
+            raise UnavailableError("not available", "it does not multiply float32 in parts")
         if precision not in device_precisions(device):
             raise UnavailableError("not available", f"this {device.type} does not multiply {precision}")
 
@@ -74,7 +79,8 @@ def registry(*contenders: Contender) -> dict[str, Contender]:
 def device_precisions(device: torch.device) -> tuple[str, ...]:
     """Those that the device's matrix units have."""
     reduced = multiplies_bf16(device)  # from the same generation of GPUs on, tf32 too
-    has = {"fp32": True, "tf32": reduced and device.type == "cuda", "bf16": reduced}
+    tf32 = reduced and device.type == "cuda"
+    has = {"fp32": True, "tf32x3": tf32, "tf32": tf32, "bf16": reduced}
     return tuple(name for name in PRECISIONS if has[name])
 
 

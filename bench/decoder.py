@@ -3,29 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
+import torch
 from torch import Tensor
 
 from cflow_fast.bench import peers
 from cflow_fast.bench.cases import Decoders
-from cflow_fast.bench.contenders import OURS, Built, Contender, module_bytes, registry
+from cflow_fast.bench.contenders import OURS, PLAIN, Built, Contender, module_bytes, registry
+from cflow_fast.bench.measurement import matmul_precision
+from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
+from cflow_fast.kernels.capture import GraphCache, side_by_side
+from cflow_fast.kernels.torch_flow import TorchFlow
+from cflow_fast.positional import encoding_factors
+
+FOLDED_KEPT = 24
+"""Folded decoders that are kept for the next case: folding three takes seconds, and cases differ in size and batch."""
 
 
 def ours(work: Decoders, precision: str) -> Built:
-    """This package's folded decoders."""
-    decoders = [decoder.fold(precision) for decoder in work.decoders]
-    log_probs = folded_log_probs(decoders)
-    return Built(lambda: log_probs(work.features), log_probs, module_bytes(decoders))
+    """This package's folded decoders, as CFlowAD runs them: on a GPU side by side in a CUDA graph."""
+    decoders = [_folded(decoder, precision) for decoder in work.decoders]
+    log_probs = GraphCache(lambda *features: tuple(_side_by_side(decoders, features)))
+    return Built(lambda: log_probs(*work.features), lambda features: list(log_probs(*features)), module_bytes(decoders))
+
+
+def plain(work: Decoders, precision: str) -> Built:
+    """The same folded weights by PyTorch's own operations, on a GPU in a CUDA graph too."""
+    flows = []
+    for decoder in work.decoders:
+        folded = _folded(decoder, precision)
+        flow = TorchFlow(folded.weights, folded.arithmetic.operands, packed=False)
+        flows.append((flow, folded))
+
+    def run(*features: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), matmul_precision(precision):
+            calls = [partial(_plain_log_prob, *flow, f) for flow, f in zip(flows, features, strict=True)]
+            return tuple(side_by_side(calls, work.device))
+
+    log_probs = GraphCache(run)
+    decoders = [folded for _, folded in flows]
+    return Built(lambda: log_probs(*work.features), lambda features: list(log_probs(*features)), module_bytes(decoders))
 
 
 def folded_log_probs(decoders: Sequence[FoldedDecoder]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Feature maps of every scale to their log p / D."""
-    return lambda features: [d.log_prob(f) / d.features for d, f in zip(decoders, features, strict=True)]
+    return lambda features: _side_by_side(decoders, features)
+
+
+@lru_cache(FOLDED_KEPT)
+def _folded(decoder: FlowDecoder, precision: str) -> FoldedDecoder:
+    return decoder.fold(precision)
+
+
+def _side_by_side(decoders: Sequence[FoldedDecoder], features: Sequence[Tensor]) -> list[Tensor]:
+    calls = [partial(_log_prob, decoder, f) for decoder, f in zip(decoders, features, strict=True)]
+    return side_by_side(calls, features[0].device)
+
+
+def _log_prob(decoder: FoldedDecoder, features: Tensor) -> Tensor:
+    return decoder.log_prob(features) / decoder.features
+
+
+def _plain_log_prob(flow: TorchFlow, folded: FoldedDecoder, features: Tensor) -> Tensor:
+    encoding = encoding_factors(folded.condition, *features.shape[2:]) if folded.condition else None
+    return flow.log_prob_map(features, encoding) / folded.features
 
 
 CONTENDERS = registry(
     Contender(OURS, ours),
+    Contender(PLAIN, plain),
     Contender("freia", peers.freia, ("FrEIA",)),
     Contender("freia-compile", peers.freia_compile, ("FrEIA",)),
     Contender("cflow-ad-loop", peers.cflow_ad_loop, ("FrEIA",)),

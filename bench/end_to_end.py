@@ -25,7 +25,7 @@ from cflow_fast.bench.contenders import (
 )
 from cflow_fast.bench.decoder import folded_log_probs
 from cflow_fast.bench.maps import eager_map, lists_map
-from cflow_fast.bench.measurement import matrix_rate
+from cflow_fast.bench.measurement import matmul_precision, matrix_rate
 from cflow_fast.encoders import Encoder, calibrate_batch_norm
 from cflow_fast.model import CFlowAD
 
@@ -73,12 +73,13 @@ class ModelWork(Decoders):
 
 
 def ours(work: ModelWork, precision: str) -> Built:
-    """This package's model; in bf16 the encoder runs under autocast, as the peers' do."""
+    """This package's model; beside bf16 decoders its encoder is in bf16 too, as the peers' is by autocast."""
     model = copy.copy(work.model)
-    model.precision = precision
+    model.precision, model.encoder_precision = precision, "bf16" if precision == "bf16" else "fp32"
 
+    @torch.no_grad()
     def run() -> Tensor:
-        with eager_precision(precision, work.device):
+        with matmul_precision(precision):
             return model(work.images)
 
     decoders = model.folded()

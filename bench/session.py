@@ -30,7 +30,10 @@ class Session:
     def measure_rates(self) -> None:
         """The device's matrix rate in every precision that it has."""
         for precision in device_precisions(self.device):
-            self.peak_flops[precision] = matrix_rate(precision, self.device)
+            if precision != "tf32x3":
+                self.peak_flops[precision] = matrix_rate(precision, self.device)
+        if "tf32" in self.peak_flops:
+            self.peak_flops["tf32x3"] = self.peak_flops["tf32"] / 3  # three products for one
 
     def measure(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast import parity
-from cflow_fast.bench.contenders import OURS, Built
+from cflow_fast.bench.contenders import OUR_OWN, Built
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.positional import positional_encoding
 
@@ -46,6 +46,7 @@ class Yardstick:
         self, decoders: Sequence[FlowDecoder], features: Sequence[Tensor], reference: Sequence[Any], seed: int = 0
     ) -> None:
         self.decoders, self.features, self.reference = decoders, features, reference
+        self._losses: dict[str, parity.Error] = {}
         generator = torch.Generator().manual_seed(seed)
         self.positions = [_positions(f, generator).to(f.device) for f in features]
 
@@ -55,8 +56,11 @@ class Yardstick:
             return None
         log_probs = built.log_probs(self.features)
         ours = parity.measure(self._chosen([x.flatten() for x in log_probs]), self.exact)
-        kind = "bf16" if precision == "bf16" else "fp32"
-        failures = parity.failures(kind, ours, self._loss(kind)) if contender == OURS else self._peer(precision, ours)
+        if contender in OUR_OWN:
+            kind = parity.yardstick_of(precision, self.features[0].device)
+            failures = parity.failures(kind, ours, self._loss(kind))
+        else:
+            failures = self._peer(precision, ours)
         return Judgement(ours.maximum, ours.rms, not failures, "; ".join(failures))
 
     def _peer(self, precision: str, error: parity.Error) -> list[str]:
@@ -72,16 +76,11 @@ class Yardstick:
         return self._per_dimension([copy.deepcopy(decoder).double() for decoder in self.decoders])
 
     def _loss(self, kind: str) -> parity.Error:
-        return self._bf16_loss if kind == "bf16" else self._fp32_loss
-
-    @cached_property
-    def _fp32_loss(self) -> parity.Error:
-        return parity.measure(self._per_dimension(self.reference), self.exact)
-
-    @cached_property
-    def _bf16_loss(self) -> parity.Error:
-        with parity.autocast(self.features[0].device):
-            return parity.measure(self._per_dimension(self.reference), self.exact)
+        """What FrEIA itself loses in fp32, tf32 or bf16."""
+        if kind not in self._losses:
+            with parity.arithmetic_of(kind, self.features[0].device):
+                self._losses[kind] = parity.measure(self._per_dimension(self.reference), self.exact)
+        return self._losses[kind]
 
     @torch.no_grad()
     def _per_dimension(self, decoders: Sequence[Any]) -> Tensor:

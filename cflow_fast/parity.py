@@ -91,9 +91,9 @@ def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
     reference_name, reference = reference_decoder(case.decoder)
     theirs: dict[str, Error] = {}
     for precision in wanted or precisions(case.device):
-        kind = _kind(precision, case.device)
+        kind = yardstick_of(precision, case.device)
         if kind not in theirs:
-            with _arithmetic_of(kind, case.device):
+            with arithmetic_of(kind, case.device):
                 theirs[kind] = measure(log_prob_per_dimension(reference, case), exact)
         folded = case.decoder.fold(precision)
         ours = measure(folded.log_prob(case.features) / case.decoder.features, exact)
@@ -101,7 +101,7 @@ def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
         yield Row(case.name, ops.backend(case.device), precision, ours, reference_name, theirs[kind], found)
 
 
-def _kind(precision: str, device: torch.device) -> str:
+def yardstick_of(precision: str, device: torch.device) -> str:
     """The precision of FrEIA whose errors are the yardstick."""
     if precision == "bf16" or (precision == "tf32" and device.type == "cuda"):
         return precision
@@ -109,7 +109,7 @@ def _kind(precision: str, device: torch.device) -> str:
 
 
 @contextmanager
-def _arithmetic_of(kind: str, device: torch.device) -> Iterator[None]:
+def arithmetic_of(kind: str, device: torch.device) -> Iterator[None]:
     """Have PyTorch multiply as the yardstick does: nothing but fp32, tf32 allowed, or bf16 autocast."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"

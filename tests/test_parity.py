@@ -107,11 +107,21 @@ def test_autocast_is_emulated_only_where_it_is_slow(monkeypatch: pytest.MonkeyPa
 
 def test_yardstick_of_tf32_is_freia_with_tf32_where_there_is_tf32() -> None:
     cuda = torch.device("cuda")
-    assert [parity._kind(precision, cuda) for precision in parity.precisions(cuda)] == ["fp32", "fp32", "tf32", "bf16"]
-    assert [parity._kind(precision, CPU) for precision in parity.precisions(cuda)] == ["fp32", "fp32", "fp32", "bf16"]
+    assert [parity.yardstick_of(precision, cuda) for precision in parity.precisions(cuda)] == [
+        "fp32",
+        "fp32",
+        "tf32",
+        "bf16",
+    ]
+    assert [parity.yardstick_of(precision, CPU) for precision in parity.precisions(cuda)] == [
+        "fp32",
+        "fp32",
+        "fp32",
+        "bf16",
+    ]
     before = torch.backends.cuda.matmul.allow_tf32
     for kind in ("fp32", "tf32", "bf16"):
-        with parity._arithmetic_of(kind, CPU):
+        with parity.arithmetic_of(kind, CPU):
             assert torch.backends.cuda.matmul.allow_tf32 == (kind == "tf32")
         assert torch.backends.cuda.matmul.allow_tf32 == before
 
