@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +11,11 @@ from torch import Tensor, nn
 from cflow_fast import ops
 from cflow_fast.decoder import FlowDecoder, check_map_or_rows, check_maps, check_rows
 from cflow_fast.folding import fold_weights
-from cflow_fast.kernels.torch_flow import TorchFlow
-from cflow_fast.kernels.weights import MIXINGS, FlowWeights, mixing_kind
+from cflow_fast.kernels import registration
+from cflow_fast.kernels.registration import Flow, FlowDescription, FlowDispatch, without_autocast
+from cflow_fast.kernels.weights import FlowWeights, mixing_kind
 from cflow_fast.positional import encoding_factors
 from cflow_fast.precision import Arithmetic, arithmetic, resolve_precision
-
-_MIXING_PREFIX = "mixing_"
 
 
 class FoldedDecoder(nn.Module):
@@ -28,7 +25,8 @@ class FoldedDecoder(nn.Module):
     Its weights are buffers; `arithmetic` says what it stores and multiplies in. On its first use on a device it makes
     a working copy there, in the layout that is fastest (and in float32 where bf16 cannot be multiplied).
 
-    It has no inverse, no gradients and no training mode: keep the FlowDecoder for those.
+    It has no inverse, no gradients and no training mode: keep the FlowDecoder for those. Under torch.compile and
+    torch.export `log_prob` is one op, `cflow_fast::flow_log_prob`.
     """
 
     def __init__(self, weights: FlowWeights, precision: str) -> None:
@@ -44,7 +42,6 @@ class FoldedDecoder(nn.Module):
         self._tensor_names = tuple(weights.tensors())
         for name, tensor in weights.tensors().items():
             self.register_buffer(name, tensor)
-        self._flow: TorchFlow | None = None
         super().train(False)
 
     @classmethod
@@ -66,13 +63,8 @@ class FoldedDecoder(nn.Module):
     @property
     def weights(self) -> FlowWeights:
         """The folded tensors, as the kernels take them."""
-        tensors = {name: self.get_buffer(name) for name in self._tensor_names}
-        mixing = {k.removeprefix(_MIXING_PREFIX): v for k, v in tensors.items() if k.startswith(_MIXING_PREFIX)}
-        own: dict[str, Any] = {k: v for k, v in tensors.items() if not k.startswith(_MIXING_PREFIX)}
-        own.setdefault("w1_condition", None)
-        return FlowWeights(**own, **self._constants, mixing=MIXINGS[self._mixing_kind](**mixing))
+        return registration.as_weights(self._tensors, self._description)
 
-    @torch.no_grad()
     def log_prob(self, features: Tensor, c: Tensor | None = None) -> Tensor:
         """Natural log-likelihood in nats (eq. 8), not divided by D; float32, or float64 in precision "fp64".
 
@@ -85,14 +77,11 @@ class FoldedDecoder(nn.Module):
         check_map_or_rows(features, c)
         if features.dim() == 2:
             condition = check_rows(features, None if c is None else [c], self.features, self.condition)
-            _refuse_gradients(features, condition)
-            with _without_autocast(self.device):
-                return self.flow.rows(features, condition, want_u=False).log_prob
-        check_maps(features, self.features)
-        _refuse_gradients(features)
-        encoding = encoding_factors(self.condition, *features.shape[2:]) if self.condition else None
-        with _without_autocast(self.device):
-            return self.flow.log_prob_map(features, encoding)
+        else:
+            condition = None
+            check_maps(features, self.features)
+        _refuse_gradients(features, condition)
+        return registration.flow_log_prob(features, condition, self._tensors, self._description)
 
     @torch.no_grad()
     def forward(
@@ -105,17 +94,23 @@ class FoldedDecoder(nn.Module):
             )
         condition = check_rows(z, c, self.features, self.condition)
         _refuse_gradients(z, condition)
-        with _without_autocast(self.device):
+        with without_autocast(self.device):
             result = self.flow.rows(z, condition, want_u=True)
         assert result.u is not None
         return result.u.to(result.log_det.dtype), result.log_det
 
     @property
-    def flow(self) -> TorchFlow:
+    def flow(self) -> Flow:
         """The working copy on the decoder's device, made on first use."""
-        if self._flow is None:
-            self._flow = ops.prepare_flow(self.weights, self.arithmetic)
-        return self._flow
+        return registration.prepared_flow(self._tensors, self._description)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._tensor_names]
+
+    @property
+    def _description(self) -> FlowDescription:
+        return FlowDescription(self._mixing_kind, **self._constants, precision=self.precision)
 
     def train(self, mode: bool = True) -> FoldedDecoder:
         if mode:
@@ -132,7 +127,6 @@ class FoldedDecoder(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedDecoder:
         """Move between devices; a change of dtype leaves what was folded as it is."""
         device = fn(torch.empty(0, device=self.device)).device
-        self._flow = None
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def get_extra_state(self) -> Tensor:
@@ -142,24 +136,12 @@ class FoldedDecoder(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self._constants["log_scale"] = float(state)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._flow = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_flow": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedDecoder:
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return clone
+def _prepare(weights: FlowWeights, precision: str) -> Flow:
+    return ops.prepare_flow(weights, arithmetic(precision, weights.device))
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The precision is the decoder's own, whatever surrounds the call."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+registration.use(FlowDispatch(_prepare, encoding_factors))
 
 
 def _refuse_gradients(*tensors: Tensor | None) -> None:

@@ -1,44 +1,99 @@
 """The dispatcher: picks the implementation of an operation by the tensors' device. Nothing else in the library does.
 
+Triton's kernels run on NVIDIA cards of compute capability 8.0 and newer, PyTorch everywhere else.
 `CFLOW_FAST_BACKEND=torch` or `triton` forces one; a forced backend that cannot run here is an error, never a silent
 fallback.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cflow_fast.kernels import registration
 from cflow_fast.kernels.anomaly_map import anomaly_map as _torch_anomaly_map
+from cflow_fast.kernels.registration import Flow
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.weights import FlowWeights
 from cflow_fast.precision import Arithmetic, cpu_has
 
-BACKENDS = ("torch",)
-"""Implementations there are. Triton's kernels will add theirs."""
+BACKENDS = ("torch", "triton")
+
+OLDEST_CAPABILITY = (8, 0)
+OLDEST_TRITON = (3, 6)
+
+_TRITON_PRECISIONS = {"fp32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 
 def backend(device: torch.device) -> str:
-    """The backend that operations on this device run on."""
+    """The backend that operations on this device run on.
+
+    Raises RuntimeError when one is forced that cannot run here. A card that Triton's kernels cannot run on is said
+    once, by a warning.
+    """
     forced = os.environ.get("CFLOW_FAST_BACKEND", "")
-    if forced and forced not in BACKENDS:
-        raise RuntimeError(f"CFLOW_FAST_BACKEND={forced} cannot run here; available: {', '.join(BACKENDS)}")
-    return forced or "torch"
+    if forced == "torch" or (not forced and device.type != "cuda"):
+        return "torch"
+    if forced not in ("", *BACKENDS):
+        available = [name for name in BACKENDS if name == "torch" or _triton_obstacle(device) is None]
+        raise RuntimeError(f"CFLOW_FAST_BACKEND={forced} cannot run here; available: {', '.join(available)}")
+    obstacle = _triton_obstacle(device)
+    if obstacle is None:
+        return "triton"
+    if forced:
+        raise RuntimeError(f"CFLOW_FAST_BACKEND=triton cannot run here: {obstacle}")
+    _say_once(f"PyTorch computes on {device.type} instead of cflow_fast's Triton kernels: {obstacle}")
+    return "torch"
 
 
-def prepare_flow(weights: FlowWeights, arithmetic: Arithmetic) -> TorchFlow:
+def prepare_flow(weights: FlowWeights, arithmetic: Arithmetic) -> Flow:
     """Make a folded decoder ready to run on its device; the result has `log_prob_map` and `rows`."""
-    backend(weights.device)
+    if backend(weights.device) == "triton" and weights.state_dtype == torch.float32:
+        from cflow_fast.kernels.triton_flow import TritonFlow
+
+        return TritonFlow(weights, _TRITON_PRECISIONS[arithmetic.precision])
     return TorchFlow(weights, arithmetic.operands, packed=_onednn_is_faster(weights, arithmetic))
 
 
 def anomaly_map(log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequence[float] | None) -> Tensor:
-    """See cflow_fast.anomaly_map."""
-    backend(log_probs[0].device)
-    return _torch_anomaly_map(log_probs, size, maxima)
+    """See cflow_fast.anomaly_map. Only PyTorch has gradients and precisions other than float32."""
+    chosen = backend(log_probs[0].device)
+    if any(log_prob.dtype != torch.float32 for log_prob in log_probs):
+        chosen = "torch"
+    if torch.is_grad_enabled() and any(log_prob.requires_grad for log_prob in log_probs):
+        return _torch_anomaly_map(log_probs, size, maxima)[0]
+    return registration.anomaly_map(log_probs, size, maxima, chosen)[0]
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on this device; None where they can."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "they are written for NVIDIA's cards"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            name, needed = torch.cuda.get_device_name(device), ".".join(map(str, OLDEST_CAPABILITY))
+            return f"{name} has compute capability {'.'.join(map(str, capability))}, they need {needed}"
+        return None
+    if device.type == "cpu":
+        return None if triton.knobs.runtime.interpret else "on a CPU they run only interpreted, with TRITON_INTERPRET=1"
+    return f"they do not run on {device.type}"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _onednn_is_faster(weights: FlowWeights, arithmetic: Arithmetic) -> bool:

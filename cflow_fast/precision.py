@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
+PRECISIONS = ("auto", "fp64", "fp32", "tf32x3", "tf32", "bf16")
+"""tf32x3 is fp32's accuracy on a GPU's matrix units, by three products of tf32."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def arithmetic(precision: str, device: torch.device) -> Arithmetic:
             return Arithmetic(precision, torch.bfloat16, torch.float32, note)
         case "bf16":
             return Arithmetic(precision, torch.bfloat16, torch.bfloat16)
-        case "tf32" if device.type != "cuda":
+        case "tf32" | "tf32x3" if device.type != "cuda":
             return Arithmetic(precision, torch.float32, torch.float32, f"no tf32 on this {device.type}: fp32")
         case _:
             return Arithmetic(precision, torch.float32, torch.float32)

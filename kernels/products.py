@@ -18,31 +18,32 @@ from cflow_fast.kernels.weights import FlowWeights, SoftMixing
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class ProductFamily:
     """One family of products: a matrix (K, out, in) and a bias (K, out) or none."""
 
     matrix: Tensor
     bias: Tensor | None
 
 
-def _matrices(weights: FlowWeights) -> dict[str, _Matrix]:
+def product_families(weights: FlowWeights) -> dict[str, ProductFamily]:
+    """Every product that a folded decoder may make, by the names that `Products.product` takes."""
     active, passive = weights.active, weights.passive
     conditional = weights.w1_condition is not None
     table = {
-        "w1": _Matrix(weights.w1, None if conditional else weights.b1),
-        "w2_scale": _Matrix(weights.w2[:, :active], weights.b2[:, :active]),
-        "w2_shift": _Matrix(weights.w2[:, active:], weights.b2[:, active:]),
+        "w1": ProductFamily(weights.w1, None if conditional else weights.b1),
+        "w2_scale": ProductFamily(weights.w2[:, :active], weights.b2[:, :active]),
+        "w2_shift": ProductFamily(weights.w2[:, active:], weights.b2[:, active:]),
     }
     if weights.w1_condition is not None:
-        table["w1_condition"] = _Matrix(weights.w1_condition, weights.b1)
+        table["w1_condition"] = ProductFamily(weights.w1_condition, weights.b1)
     if isinstance(weights.mixing, SoftMixing):
         soft = weights.mixing
-        table["matrix_passive"] = _Matrix(soft.matrix[:, :passive], soft.offset[:, :passive])
-        table["matrix_active"] = _Matrix(soft.matrix[:, passive:], soft.offset[:, passive:])
-        table["passive"] = _Matrix(soft.passive, soft.passive_offset)
-        table["active"] = _Matrix(soft.active, soft.active_offset)
-        table["output"] = _Matrix(soft.output, None)
-        table["passive_output"] = _Matrix(soft.passive_output, None)
+        table["matrix_passive"] = ProductFamily(soft.matrix[:, :passive], soft.offset[:, :passive])
+        table["matrix_active"] = ProductFamily(soft.matrix[:, passive:], soft.offset[:, passive:])
+        table["passive"] = ProductFamily(soft.passive, soft.passive_offset)
+        table["active"] = ProductFamily(soft.active, soft.active_offset)
+        table["output"] = ProductFamily(soft.output, None)
+        table["passive_output"] = ProductFamily(soft.passive_output, None)
     return table
 
 
@@ -55,8 +56,10 @@ class MatmulProducts:
         self.weights = weights
         self.operand_dtype = operand_dtype
         self.matrices = {
-            name: _Matrix(m.matrix.to(operand_dtype), None if m.bias is None else m.bias.to(operand_dtype).unsqueeze(2))
-            for name, m in _matrices(weights).items()
+            name: ProductFamily(
+                m.matrix.to(operand_dtype), None if m.bias is None else m.bias.to(operand_dtype).unsqueeze(2)
+            )
+            for name, m in product_families(weights).items()
         }
 
     def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -110,7 +113,7 @@ class OneDnnProducts:
         self.packed: dict[str, list[Tensor]] = {}
         shares_epilogue = weights.activation == "relu" and weights.condition and operand_dtype == torch.bfloat16
         self.convolved = {"w1"} if shares_epilogue else set()
-        for name, family in _matrices(weights).items():
+        for name, family in product_families(weights).items():
             matrices = family.matrix.to(operand_dtype)
             self.packed[name] = [self._pack(name, matrix, rows) for matrix in matrices]
             blocks = len(matrices)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from flows import rough_decoder
 from torch import Tensor
 
-from cflow_fast import FlowDecoder, FoldedDecoder
+from cflow_fast import FlowDecoder, FoldedDecoder, ops
 from cflow_fast.kernels import torch_flow
-from cflow_fast.kernels.torch_flow import MAX_TABLES, TorchFlow
+from cflow_fast.kernels.torch_flow import MAX_TABLES
 from cflow_fast.precision import multiplies_bf16
 
 CPU = torch.device("cpu")
@@ -28,7 +29,8 @@ each_permutation = pytest.mark.parametrize("permute_soft", [False, True])
 def folded_with(decoder: FlowDecoder, packed: bool, precision: str = "fp32") -> FoldedDecoder:
     """With the products chosen by the test and not by the CPU."""
     folded = decoder.fold(precision)
-    folded._flow = TorchFlow(folded.weights, folded.arithmetic.operands, packed)
+    with mock.patch.object(ops, "_onednn_is_faster", return_value=packed):
+        assert folded.flow.products.feature_dim == packed
     return folded
 
 

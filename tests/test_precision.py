@@ -36,6 +36,13 @@ def test_explicit_precisions_are_kept() -> None:
     assert arithmetic("fp64", CPU).operands == torch.float64
     assert str(arithmetic("fp32", CPU)) == "fp32"
     assert str(arithmetic("tf32", CPU)) == "tf32 (no tf32 on this cpu: fp32)"
+    assert str(arithmetic("tf32x3", CPU)) == "tf32x3 (no tf32 on this cpu: fp32)"
+
+
+def test_gpu_stores_and_takes_float32_for_everything_made_of_tf32() -> None:
+    for precision in ("fp32", "tf32x3", "tf32"):
+        taken = arithmetic(precision, torch.device("cuda"))
+        assert (taken.storage, taken.operands, str(taken)) == (torch.float32, torch.float32, precision)
 
 
 def test_device_of_unknown_abilities_has_no_bf16() -> None:
@@ -44,7 +51,7 @@ def test_device_of_unknown_abilities_has_no_bf16() -> None:
 
 
 def test_unknown_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match="precision is one of auto, fp64, fp32, tf32, bf16, got 'int8'"):
+    with pytest.raises(ValueError, match="precision is one of auto, fp64, fp32, tf32x3, tf32, bf16, got 'int8'"):
         resolve_precision("int8", CPU)
 
 

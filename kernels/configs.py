@@ -1,0 +1,235 @@
+"""Tile shapes of every kernel, chosen by shape, precision and architecture. Nothing else in `kernels` fixes a number.
+
+A configuration is a frozen dataclass; a `select_*` function returns the one to launch with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+from cflow_fast.kernels.chip import Chip
+
+TAIL_WARPS = 4 * 132
+"""Warps that a card of Hopper's size needs before any of them is worth making longer."""
+
+# Anomaly map.
+
+
+@dataclass(frozen=True)
+class TailConfig:
+    """A strip of the map is `rows` by `columns`; its source rows are fetched anew for every strip."""
+
+    rows: int
+    columns: int
+    warps: int
+    block: int = 1024  # elements a program of the published normalisation's extra launches takes at a time
+    block_warps: int = 4
+    peak_programs: int = 64
+
+
+def select_tail(scales: int, batch: int, height: int, width: int) -> TailConfig:
+    """The tallest strips that still give every multiprocessor's four schedulers a warp.
+
+    A thread has four columns of up to four scales, two of more: registers hold two source rows of every scale.
+    """
+    columns = min(128, max(32, triton.next_power_of_2(width)))
+    warps = 1 if scales <= 4 else max(1, columns // 64)
+    strips = batch * triton.cdiv(width, columns) * warps
+    rows = next((rows for rows in (32, 16, 8) if strips * triton.cdiv(height, rows) >= TAIL_WARPS), 4)
+    return TailConfig(rows, columns, warps)
+
+
+# Matrix products of wide decoders.
+
+SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+"""KiB that a program may take, by compute capability; 99 where it is not listed."""
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """A tile of a persistent matrix product, and how its programs share the work.
+
+    block_out: columns of the result; of s and of t each for a coupling layer.
+    split_k: programs that share one tile's inputs. group: row tiles that pass all outputs together.
+    programs: per multiprocessor; two of them overlap one's epilogue with the other's products.
+    """
+
+    block_rows: int
+    block_out: int
+    block_k: int
+    warps: int
+    stages: int
+    split_k: int = 1
+    group: int = 8
+    programs: int = 1
+
+    def constexprs(self) -> dict[str, int]:
+        return {
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_OUT": self.block_out,
+            "BLOCK_K": self.block_k,
+            "SPLIT_K": self.split_k,
+            "GROUP": self.group,
+        }
+
+    def options(self) -> dict[str, int | bool]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+class LinearConfig(ProductConfig):
+    """Of kernels/linear.py."""
+
+
+class CouplingConfig(ProductConfig):
+    """Of kernels/coupling.py."""
+
+
+@dataclass(frozen=True)
+class ReductionConfig:
+    """Of kernels/reduction.py: tiles and rows that a program takes at a time."""
+
+    block_tiles: int = 16
+    block_rows: int = 64
+    warps: int = 4
+
+
+Tile = tuple[int, int, int, int, int]
+"""Rows, outputs, inputs a step, warps, stages; of a coupling layer the outputs are columns of s and of t together."""
+
+_TILES: dict[tuple[str, bool], list[Tile]] = {
+    ("bf16", True): [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)],
+    ("bf16", False): [(128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)],
+    ("tf32", True): [(128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4)],
+    ("tf32", False): [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("tf32x3", True): [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("tf32x3", False): [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("ieee", True): [(128, 128, 16, 8, 2), (64, 64, 16, 4, 3)],
+    ("ieee", False): [(128, 128, 16, 8, 2), (64, 64, 16, 4, 3)],
+}
+"""From large to small, by precision and by whether a program may take over 200 KiB, as on the cards with wgmma."""
+
+MAX_SPLITS = 4
+"""Sums of more splits cost more traffic than they save time."""
+
+BUSY = 0.45
+"""Share of the multiprocessors that must have a tile before a larger one, with less traffic from L2, is preferred."""
+
+
+def select_linear(
+    rows: int, inputs: int, outputs: int, precision: str, chip: Chip, rotates: bool = False
+) -> LinearConfig:
+    """rotates: the epilogue that holds a second tile, and leaves no registers for the widest one."""
+    tiles = [tile for tile in _tiles(precision, chip) if tile[1] <= (128 if rotates else 256)]
+    tile, split_k = _select(tiles, rows, inputs, outputs, chip)
+    return LinearConfig(*tile, split_k, programs=_programs(tile))
+
+
+def select_coupling(rows: int, inputs: int, half: int, precision: str, chip: Chip) -> CouplingConfig:
+    tile, split_k = _select(_tiles(precision, chip), rows, inputs, 2 * half, chip)
+    block_rows, block_out, block_k, warps, stages = tile
+    return CouplingConfig(block_rows, block_out // 2, block_k, warps, stages, split_k, programs=_programs(tile))
+
+
+def _tiles(precision: str, chip: Chip) -> list[Tile]:
+    return _TILES[precision, SHARED_MEMORY.get(chip.capability, 99) > 200]
+
+
+def _select(tiles: list[Tile], rows: int, inputs: int, outputs: int, chip: Chip) -> tuple[Tile, int]:
+    """The largest tile that keeps the card busy; where none does, the smallest, its inputs split."""
+
+    def count(tile: Tile) -> int:
+        return triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1])
+
+    tile = next((tile for tile in tiles if count(tile) >= BUSY * chip.multiprocessors), tiles[-1])
+    if tile != tiles[-1]:
+        return tile, 1
+    steps = triton.cdiv(inputs, tile[2])
+    splits = min(MAX_SPLITS, steps, max(1, round(0.75 * chip.multiprocessors / count(tile))))
+    return tile, triton.cdiv(steps, triton.cdiv(steps, splits))
+
+
+def _programs(tile: Tile) -> int:
+    """How many share a multiprocessor: as many as there is room for sums in registers, one of the large tiles."""
+    return max(1, 128 * 128 // (tile[0] * tile[1]))
+
+
+# Whole decoders of few features.
+
+
+@dataclass(frozen=True)
+class WholeFlowConfig:
+    """Of kernels/whole_flow.py: rows a program carries through all blocks, hidden units it makes at a time.
+
+    own_condition: whether the registers also hold what loose rows with a condition each need.
+    """
+
+    block_rows: int
+    block_hidden: int
+    warps: int
+    stages: int
+    own_condition: bool = True
+
+
+ENOUGH_PROGRAMS = 96
+"""Smaller tiles are taken until there are so many: most multiprocessors have one, and weights are read no oftener."""
+
+_WholeFlowTiles = dict[int, tuple[WholeFlowConfig, ...]]
+"""Width of a decoder's half that a tuple serves at most, to configurations by falling rows."""
+
+# The state (a half twice) and the sums of s and t fill the registers: rows x half decides what fits, and nothing here
+# spills inside the chunk loop. Weights come from L2 once per program, and 128 rows in bf16 ask for about what L2 gives
+# at the full matrix rate, 64 for twice that. At 128 rows 4 warps leave room for two programs a multiprocessor, one's
+# epilogue beside the other's products, up to halves of 64 (there with 150 to 440 spills a block outside the chunks);
+# above, 8 warps and one program. 16 rows use warp-level instructions: for few rows only. fp32 operands double the
+# state and the bytes, so that tf32 has 64 rows; without matrix units a thread's own products take what is left.
+_WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
+    "bf16": {
+        32: (WholeFlowConfig(128, 64, 4, 2), WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 64, 4, 2)),
+        64: (
+            WholeFlowConfig(128, 32, 4, 2, own_condition=False),
+            WholeFlowConfig(64, 32, 4, 2),
+            WholeFlowConfig(16, 64, 4, 2),
+        ),
+        96: (
+            WholeFlowConfig(128, 32, 8, 2),
+            WholeFlowConfig(64, 32, 4, 2, own_condition=False),
+            WholeFlowConfig(16, 32, 4, 2),
+        ),
+        128: (WholeFlowConfig(128, 32, 8, 2), WholeFlowConfig(64, 32, 8, 2), WholeFlowConfig(16, 32, 4, 2)),
+    },
+    "tf32": {
+        32: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
+        64: (WholeFlowConfig(64, 32, 4, 2, own_condition=False), WholeFlowConfig(32, 32, 4, 2)),
+        96: (WholeFlowConfig(64, 32, 4, 2, own_condition=False),),
+    },
+    "tf32x3": {
+        32: (WholeFlowConfig(64, 32, 4, 2, own_condition=False), WholeFlowConfig(16, 32, 4, 2)),
+        64: (WholeFlowConfig(16, 32, 4, 2),),
+    },
+    "ieee": {32: (WholeFlowConfig(32, 16, 4, 1), WholeFlowConfig(16, 32, 4, 1))},
+}
+# Results of matrix instructions are spread over fewer threads there: half the rows.
+_WHOLE_FLOW_AMPERE: dict[str, _WholeFlowTiles] = {
+    "bf16": {
+        64: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(32, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
+        96: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
+        128: (WholeFlowConfig(32, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
+    },
+    "tf32": {64: (WholeFlowConfig(32, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2))},
+    "tf32x3": {32: (WholeFlowConfig(32, 32, 4, 2, own_condition=False), WholeFlowConfig(16, 32, 4, 2))},
+    "ieee": _WHOLE_FLOW_HOPPER["ieee"],
+}
+
+
+def select_whole_flow(
+    capability: tuple[int, int], features: int, rows: int, precision: str, own_condition: bool = False
+) -> WholeFlowConfig | None:
+    """The tallest tile that gives most multiprocessors a program; None where the state does not fit the registers."""
+    half = features - features // 2
+    tiles = (_WHOLE_FLOW_HOPPER if capability[0] == 9 else _WHOLE_FLOW_AMPERE)[precision]
+    widest = min((width for width in tiles if width >= half), default=0)
+    configs = [c for c in tiles.get(widest, ()) if c.own_condition or not own_condition]
+    fewest = configs[-1] if configs else None
+    return next((c for c in configs if rows >= ENOUGH_PROGRAMS * c.block_rows), fewest)

@@ -1,0 +1,111 @@
+"""The idioms that every Triton kernel here is written in, so that interpreted and compiled kernels agree.
+
+Triton's interpreter multiplies bf16 by its raw bits, truncates where a card rounds to nearest, does not emulate tf32
+and knows no libdevice. Here operands are rounded on their bits when interpreted, and then multiplied in fp32; what is
+compiled is the plain instruction. A kernel makes its operands with `operand`, multiplies them with `dot`, and stores
+an operand as it is: its rounding is done, so that the interpreter's truncation loses nothing.
+
+PRECISION is one of "ieee", "tf32", "tf32x3" (operands in fp32) and "bf16" (operands in bf16); sums are always fp32.
+"""
+
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16")
+
+
+@triton.jit
+def _round_mantissa(x, DROPPED: tl.constexpr):
+    """fp32 with the last DROPPED bits of its mantissa rounded to nearest even; infinities and NaN stay."""
+    bits = x.to(tl.uint32, bitcast=True)
+    half: tl.constexpr = (1 << (DROPPED - 1)) - 1
+    kept: tl.constexpr = 0xFFFFFFFF ^ ((1 << DROPPED) - 1)
+    rounded = ((bits + half + ((bits >> DROPPED) & 1)) & kept).to(tl.float32, bitcast=True)
+    return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x as the matrix units take it. tf32 is rounded to nearest here: Triton's own conversion truncates."""
+    if PRECISION == "bf16":
+        if INTERPRET:
+            return _round_mantissa(x.to(tl.float32), 16)
+        else:
+            return x.to(tl.bfloat16)
+    elif PRECISION == "tf32":
+        if INTERPRET:
+            return _round_mantissa(x.to(tl.float32), 13)
+        else:
+            bits = tl.inline_asm_elementwise(
+                "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x.to(tl.float32)], tl.int32, is_pure=True, pack=1
+            )
+            return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b: operands as `operand` makes them, or weights as they are stored; acc fp32."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "bf16":
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x, PRECISION: tl.constexpr = "ieee"):
+    """2 sigmoid(2 x) - 1, and x - x^3/3 + 2 x^5/15 where that difference would lose the small values' digits.
+
+    Beside bf16 operands the card's own tanh, right to 2^-11, is enough: one instruction instead of about twenty.
+    """
+    if PRECISION == "bf16" and not INTERPRET:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        square = x * x
+        near_zero = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0)))
+        return tl.where(tl.abs(x) < 0.1, near_zero, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def exp2(x):
+    """2^x for results far from the smallest float32, whose care takes three instructions of four."""
+    if INTERPRET:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _log2(x):
+    """log2 x for x in 1 to 2."""
+    if INTERPRET:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """ "relu" or "softplus" of a hidden layer in fp32; NaN stays NaN."""
+    if ACTIVATION == "relu":
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return tl.maximum(x, 0.0) + 0.6931471805599453 * _log2(1.0 + exp2(-1.4426950408889634 * tl.abs(x)))
+
+
+@triton.jit
+def activated_operand(x, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr):
+    """operand(activate(x)); a ReLU is part of the card's conversion to bf16 and costs nothing there."""
+    if ACTIVATION == "relu" and PRECISION == "bf16" and not INTERPRET:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return operand(activate(x, ACTIVATION), PRECISION)

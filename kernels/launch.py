@@ -1,0 +1,47 @@
+"""A kernel's launch as a value, and the scratch memory of split sums.
+
+A launcher first builds a `Launch` by a pure function of shapes (meta tensors do) and then runs it, so that what is
+compiled ahead of time, counted or tested is what is launched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel[grid](**args, **constexprs, **options)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
+
+
+@dataclass
+class Scratch:
+    """Memory for the sums that the splits of a product leave, and the counters by which the last one is known.
+
+    One belongs to one call: memory from PyTorch's allocator follows the caller's stream, so that threads and streams
+    never share it. The counters are 0 before a launch and again after it.
+    """
+
+    device: torch.device
+    _counters: Tensor | None = field(default=None, repr=False)
+
+    def partials(self, elements: int) -> Tensor:
+        return torch.empty(elements, dtype=torch.float32, device=self.device)
+
+    def counters(self, tiles: int) -> Tensor:
+        if self._counters is None or len(self._counters) < tiles:
+            self._counters = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=self.device)
+        return self._counters

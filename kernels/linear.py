@@ -1,0 +1,293 @@
+"""y = epilogue(x W^T + bias): the products of phases A and C, and those of a rotation, as one persistent kernel.
+
+    "hidden"   y = act(x W^T + bias)
+    "offset"   y = x W^T + bias               a permutation's matrix, u, a condition's share of the hidden layer
+    "rotate"   w = x W^T + bias;  y = C y - S w;  rotated = S y + C w         y holds v on entry, q' on return
+
+The bias is one vector, or the positional tables' rows[r] + columns[q], or what y holds is added to either. It starts
+the sums instead of being added to them afterwards.
+Outputs of W beyond y's (a rotation's V1 below w1, which shares x) are v: what is kept of it are the values, the sums
+of its squares per row and tile, or both.
+
+x is (rows, inputs) as `rows.Rows` describes it. Widths of W and y are padded to multiples of 64 and the rows of
+workspaces to whole tiles, so that only a caller's own features need masks in the inner loop; what padded rows hold is
+never looked at.
+"""
+
+# mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cflow_fast.kernels.configs import LinearConfig
+from cflow_fast.kernels.lang import activated_operand, dot, operand
+from cflow_fast.kernels.launch import Launch, Scratch
+from cflow_fast.kernels.rows import Rows
+from cflow_fast.kernels.tiles import arrives_last, leave_split, locate, row_offsets, sum_splits
+
+
+@dataclass(frozen=True)
+class Positions:
+    """One block's bias by position, rows[r] + columns[q]."""
+
+    rows: Tensor  # (H, outputs of W) operand precision
+    columns: Tensor  # (W, outputs of W)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The elementwise part of a rotation; y holds v before and q' after."""
+
+    cosine: Tensor  # (h,) float32, padded with 1
+    sine: Tensor  # (h,) float32, padded with 0
+    rotated: Tensor  # (N, h) in y's strides: S v + C w
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What is kept of v, the outputs of W beyond y's; at least one of the two."""
+
+    values: Tensor | None  # (N, outputs) operand precision
+    squares: Tensor | None  # (tiles, padded N) float32: sums over a tile's columns, row by row
+
+
+def linear_launch(
+    x: Rows,
+    weight: Tensor,
+    y: Tensor,
+    config: LinearConfig,
+    precision: str,
+    scratch: Scratch,
+    multiprocessors: int,
+    *,
+    bias: Tensor | Positions | None = None,
+    adds_y: bool = False,
+    activation: str = "none",
+    rotation: Rotation | None = None,
+    beyond: Beyond | None = None,
+    rounded: bool = True,
+) -> Launch:
+    """y[:N] = epilogue(x weight^T + bias) for N = x.count rows.
+
+    weight: (outputs, inputs) operands, inputs a multiple of 64; y: (padded N, its outputs), rows evenly spaced.
+    bias: float32 (outputs,), or two tables by position. adds_y: y starts with what it holds.
+    rounded: y is stored as an operand, otherwise as the float32 that it was summed in.
+    """
+    (outputs, inputs), y_outputs = weight.shape, y.shape[1]
+    assert (outputs > y_outputs) == (beyond is not None)
+    row_tiles = triton.cdiv(x.count, config.block_rows)
+    out_tiles = triton.cdiv(y_outputs, config.block_out) + triton.cdiv(outputs - y_outputs, config.block_out)
+    units = row_tiles * out_tiles * config.split_k
+    splits = config.split_k > 1
+    positions = bias if isinstance(bias, Positions) else None
+    values, squares = (beyond.values, beyond.squares) if beyond else (None, None)
+    args = {
+        "x_ptr": x.tensor,
+        "index_ptr": x.index,
+        "w_ptr": weight,
+        "bias_ptr": bias if isinstance(bias, Tensor) else None,
+        "lines_ptr": positions.rows if positions else None,
+        "columns_ptr": positions.columns if positions else None,
+        "cosine_ptr": rotation.cosine if rotation else None,
+        "sine_ptr": rotation.sine if rotation else None,
+        "y_ptr": y,
+        "rotated_ptr": rotation.rotated if rotation else None,
+        "v_ptr": values,
+        "squares_ptr": squares,
+        "partial_ptr": scratch.partials(units * config.block_rows * config.block_out) if splits else None,
+        "counter_ptr": scratch.counters(row_tiles * out_tiles) if splits else None,
+        "rows": x.count,
+        "inputs": inputs,
+        "outputs": outputs,
+        "y_outputs": y_outputs,
+        "x_features": x.features,
+        **x.addresses("x"),
+        "y_row_stride": y.stride(0),
+        "v_row_stride": 0 if values is None else values.stride(0),
+        "squares_stride": 0 if squares is None else squares.stride(0),
+        "table_height": len(positions.rows) if positions else 0,
+        "table_width": len(positions.columns) if positions else 0,
+    }
+    constexprs = {
+        "EPILOGUE": "rotate" if rotation else "offset" if activation == "none" else "hidden",
+        "ADDS_Y": adds_y,
+        "HAS_V": beyond is not None,
+        "ACTIVATION": activation,
+        "LINE": _line(positions, config.block_rows),
+        "OUTER": x.outer,
+        "MAPS": x.maps is not None,
+        "ROUNDED": rounded,
+        "PRECISION": precision,
+        **config.constexprs(),
+    }
+    grid = (min(units, multiprocessors * config.programs),)
+    return Launch(linear_kernel, grid, args, constexprs, config.options())
+
+
+def _line(positions: Positions | None, block_rows: int) -> int:
+    """How many positions of a line a tile holds as a block, 0 where its lines do not divide it evenly."""
+    if positions is None:
+        return 0
+    width = len(positions.columns)
+    return min(width, block_rows) if width & (width - 1) == 0 else 0
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    index_ptr,
+    w_ptr,
+    bias_ptr,
+    lines_ptr,
+    columns_ptr,
+    cosine_ptr,
+    sine_ptr,
+    y_ptr,
+    rotated_ptr,
+    v_ptr,
+    squares_ptr,
+    partial_ptr,
+    counter_ptr,
+    rows,
+    inputs,
+    outputs,
+    y_outputs,
+    x_features,
+    x_row_stride,
+    x_feature_stride,
+    x_line_stride,
+    x_image_stride,
+    x_height,
+    x_width,
+    y_row_stride,
+    v_row_stride,
+    squares_stride,
+    table_height,
+    table_width,
+    EPILOGUE: tl.constexpr,
+    ADDS_Y: tl.constexpr,
+    HAS_V: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LINE: tl.constexpr,
+    OUTER: tl.constexpr,
+    MAPS: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tiles, y_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(y_outputs, BLOCK_OUT)
+    out_tiles = y_tiles
+    if HAS_V:
+        out_tiles += tl.cdiv(outputs - y_outputs, BLOCK_OUT)
+    split_inputs = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
+    step = tl.arange(0, BLOCK_K)
+    for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
+        split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)
+        first_row, first_column, end, is_v = row_tile * BLOCK_ROWS, out_tile * BLOCK_OUT, y_outputs, False
+        if HAS_V:
+            is_v = out_tile >= y_tiles
+            first_column += tl.where(is_v, y_outputs - y_tiles * BLOCK_OUT, 0)
+            end = tl.where(is_v, outputs, y_outputs)
+        row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_OUT)
+        x_row = row_offsets(row, x_row_stride, x_line_stride, x_image_stride, x_height, x_width, MAPS, OUTER)
+        w_row = tl.minimum(column, outputs - 1) * inputs
+
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+        biased = (column < end) & (split == 0)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + column, mask=biased, other=0.0)[None, :]
+        if lines_ptr is not None:
+            acc = _add_positions(
+                acc, first_row, column, biased, outputs, lines_ptr, columns_ptr, table_height, table_width,
+                LINE, BLOCK_ROWS, BLOCK_OUT,
+            )  # fmt: skip
+        if ADDS_Y:
+            y_tile_ptr = y_ptr + row[:, None] * y_row_stride + column[None, :]
+            acc += tl.load(y_tile_ptr, mask=(biased & (column < y_outputs))[None, :], other=0.0).to(tl.float32)
+        for start in tl.range(split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs), BLOCK_K):
+            k = start + step
+            feature = k if index_ptr is None else tl.load(index_ptr + k)
+            x_tile_ptr = x_ptr + x_row[:, None] + feature[None, :] * x_feature_stride
+            if OUTER:
+                valid = (row < rows)[:, None] & (k < x_features)[None, :]
+                x = operand(tl.load(x_tile_ptr, mask=valid, other=0.0), PRECISION)
+            else:
+                x = tl.load(x_tile_ptr)
+            acc = dot(x, tl.load(w_ptr + w_row[None, :] + k[:, None]), acc, PRECISION)
+
+        complete = True
+        if SPLIT_K > 1:
+            tile = row_tile * out_tiles + out_tile
+            leave_split(acc, partial_ptr, tile * SPLIT_K + split, BLOCK_ROWS, BLOCK_OUT)
+            complete = arrives_last(counter_ptr, tile, SPLIT_K)
+            if complete:
+                acc = sum_splits(partial_ptr, tile * SPLIT_K, SPLIT_K, BLOCK_ROWS, BLOCK_OUT)
+        if complete:
+            if is_v:
+                valid, v_column = column < outputs, column - y_outputs
+                if v_ptr is not None:
+                    v_tile_ptr = v_ptr + row[:, None] * v_row_stride + v_column[None, :]
+                    tl.store(v_tile_ptr, operand(acc, PRECISION), mask=valid[None, :])
+                if squares_ptr is not None:
+                    v = tl.where(valid[None, :], acc, 0.0)
+                    tl.store(squares_ptr + (out_tile - y_tiles) * squares_stride + row, tl.sum(v * v, 1))
+            else:
+                _store_y(
+                    acc, row, column, y_outputs, y_ptr, y_row_stride, cosine_ptr, sine_ptr, rotated_ptr,
+                    EPILOGUE, ACTIVATION, ROUNDED, PRECISION,
+                )  # fmt: skip
+
+
+@triton.jit
+def _add_positions(
+    acc, first_row, column, valid, outputs, lines_ptr, columns_ptr, height, width,
+    LINE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """acc + rows[r] + columns[q]. LINE > 0: a tile is whole lines of so many positions each, or a part of one line.
+
+    Line by line and column by column: an element by element gather costs as many instructions as the product.
+    """
+    valid, column = valid[None, :], column[None, :]
+    if LINE:
+        line = (first_row // width + tl.arange(0, BLOCK_ROWS // LINE)) % height
+        position = first_row % width + tl.arange(0, LINE)
+    else:
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        line, position = row // width % height, row % width
+    by_line = tl.load(lines_ptr + line[:, None] * outputs + column, mask=valid, other=0.0).to(tl.float32)
+    by_column = tl.load(columns_ptr + position[:, None] * outputs + column, mask=valid, other=0.0).to(tl.float32)
+    if LINE:
+        by_position = tl.reshape(acc, (BLOCK_ROWS // LINE, LINE, BLOCK_OUT))
+        by_position += by_line[:, None, :]
+        by_position += by_column[None, :, :]
+        return tl.reshape(by_position, (BLOCK_ROWS, BLOCK_OUT))
+    else:
+        return acc + by_line + by_column
+
+
+@triton.jit
+def _store_y(
+    acc, row, column, outputs, y_ptr, y_row_stride, cosine_ptr, sine_ptr, rotated_ptr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    valid = column < outputs
+    at = row[:, None] * y_row_stride + column[None, :]
+    if EPILOGUE == "rotate":
+        v = tl.load(y_ptr + at, mask=valid[None, :], other=0.0).to(tl.float32)
+        cosine = tl.load(cosine_ptr + column, mask=valid, other=1.0)[None, :]
+        sine = tl.load(sine_ptr + column, mask=valid, other=0.0)[None, :]
+        tl.store(rotated_ptr + at, operand(sine * v + cosine * acc, PRECISION), mask=valid[None, :])
+        acc = cosine * v - sine * acc
+    if EPILOGUE == "hidden":
+        y = activated_operand(acc, ACTIVATION, PRECISION)
+    else:
+        y = operand(acc, PRECISION) if ROUNDED else acc
+    tl.store(y_ptr + at, y, mask=valid[None, :])

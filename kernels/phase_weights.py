@@ -1,0 +1,190 @@
+"""A folded decoder's weights as the matrix-product kernels take them: padded, rounded, stacked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cflow_fast.kernels.linear import Positions
+from cflow_fast.kernels.torch_flow import PositionalTables
+from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
+
+PADDING = 64
+"""Both halves and the hidden layer are padded to multiples of this: then no product masks its inputs."""
+
+
+def operand_dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@dataclass(frozen=True)
+class PhaseWeights:
+    """half: both halves padded to one width; m: the hidden layer padded. Vectors are float32, matrices operands.
+
+    w1: a block's first layer (m, half); below it V1 (half, half) where a rotation follows.
+    """
+
+    weights: FlowWeights
+    precision: str
+    w1: list[Tensor]
+    w1_condition: Tensor | None  # (K, m, C padded)
+    bias: list[Tensor]  # (m,), or (m + half,) with V1's offset below
+    w2: Tensor  # (K, 2 half, m): s, then t
+    b2: Tensor  # (K, 2 half)
+    norm_active: tuple[Tensor, Tensor]  # scale and offset (half,) of the last y2's share of u
+    norm_passive: tuple[Tensor, Tensor] | None  # the same of the last x1; None after a rotation
+    soft: SoftMixing | None  # padded
+    hard: HardMixing | None  # passive and active as (K, half) int32, gain and shift as (K, half)
+
+    @classmethod
+    def prepare(cls, weights: FlowWeights, precision: str) -> PhaseWeights:
+        half, hidden = _padded(weights.passive), _padded(weights.hidden)
+        operands = _Operands(precision)
+        soft = weights.mixing if isinstance(weights.mixing, SoftMixing) else None
+        w1 = [operands(matrix, hidden, half) for matrix in weights.w1]
+        bias = list(pad(weights.b1.float(), hidden))
+        padded_soft = None
+        if soft is not None:
+            padded_soft = _soft(soft, operands, weights.passive, half)
+            for rotation, (v1, offset) in enumerate(zip(padded_soft.passive, padded_soft.passive_offset, strict=True)):
+                block = soft.matrices + rotation
+                w1[block], bias[block] = torch.cat([w1[block], v1]), torch.cat([bias[block], offset])
+        active, passive = _norm(weights, half)
+        condition = weights.w1_condition
+        return cls(
+            weights=weights,
+            precision=precision,
+            w1=w1,
+            w1_condition=None if condition is None else operands(condition, hidden, _padded(weights.condition)),
+            bias=bias,
+            w2=operands.halves(weights.w2, weights.active, half, hidden),
+            b2=_pad_halves(weights.b2.float(), weights.active, half),
+            norm_active=active,
+            norm_passive=passive,
+            soft=padded_soft,
+            hard=_hard(weights.mixing, half) if isinstance(weights.mixing, HardMixing) else None,
+        )
+
+    def positions(self, tables: PositionalTables) -> list[Positions]:
+        """Every block's tables, padded; below them V1's offset, which has no position."""
+        positions = []
+        for block, bias in enumerate(self.bias):
+            rows, columns = (pad(table[block], self.hidden) for table in (tables.rows, tables.columns))
+            offset = bias[self.hidden :].to(columns.dtype).expand(len(columns), -1)
+            positions.append(Positions(pad(rows, len(bias)), torch.cat([columns, offset], 1)))
+        return positions
+
+    @property
+    def half(self) -> int:
+        return self.w2.shape[1] // 2
+
+    @property
+    def hidden(self) -> int:
+        return self.w2.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w2.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.w2.device
+
+
+class _Operands:
+    """Pads matrices with zeros and rounds them to what the matrix units take."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+
+    def __call__(self, matrix: Tensor, rows: int, columns: int) -> Tensor:
+        matrix = pad(matrix, rows, columns)
+        if self.precision == "tf32":
+            return round_to_tf32(matrix.float())
+        return matrix.to(operand_dtype(self.precision))
+
+    def halves(self, matrix: Tensor, first: int, half: int, columns: int) -> Tensor:
+        """Rows of two halves, the first of `first` rows, each padded to `half`."""
+        return self(_pad_halves(matrix.mT, first, half).mT, 2 * half, columns).contiguous()
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """float32 with the mantissa rounded to nearest even at tf32's 10 bits."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x)
+
+
+def _padded(width: int) -> int:
+    return -(-width // PADDING) * PADDING
+
+
+def pad(x: Tensor, *shape: int, value: float = 0.0) -> Tensor:
+    """The last dimensions widened to `shape`."""
+    missing = [size - have for size, have in zip(shape, x.shape[-len(shape) :], strict=True)]
+    if not any(missing):
+        return x
+    return F.pad(x, [amount for size in reversed(missing) for amount in (0, size)], value=value)
+
+
+def _pad_halves(x: Tensor, first: int, half: int) -> Tensor:
+    """The last dimension's two parts, [:first] and [first:], each widened to `half`."""
+    if x.shape[-1] == 2 * half and first == half:
+        return x
+    return torch.cat([pad(x[..., :first], half), pad(x[..., first:], half)], -1)
+
+
+def _soft(mixing: SoftMixing, operands: _Operands, passive: int, half: int) -> SoftMixing:
+    """With an odd D the passive feature without a partner meets a cosine of 1 and a sine of 0, as padding does."""
+    return SoftMixing(
+        matrix=operands.halves(_pad_halves(mixing.matrix, passive, half), passive, half, 2 * half),
+        offset=_pad_halves(mixing.offset.float(), passive, half),
+        passive=operands(mixing.passive, half, half),
+        passive_offset=pad(mixing.passive_offset.float(), half),
+        active=operands(mixing.active, half, half),
+        active_offset=pad(mixing.active_offset.float(), half),
+        output=operands(mixing.output, half, half),
+        cosine=pad(mixing.cosine.float(), half, value=1.0),
+        sine=pad(mixing.sine.float(), half),
+        passive_output=operands(mixing.passive_output, half, half),
+    )
+
+
+def _hard(mixing: HardMixing, half: int) -> HardMixing:
+    """Inputs beyond the passive half read some feature: their weights are 0."""
+    return HardMixing(
+        passive=pad(mixing.passive, half),
+        active=pad(mixing.active, half),
+        gain=pad(mixing.gain.float(), half),
+        shift=pad(mixing.shift.float(), half),
+        output_gain=mixing.output_gain.float(),
+        output_shift=mixing.output_shift.float(),
+        order=mixing.order,
+    )
+
+
+def _norm(weights: FlowWeights, half: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Scale and offset of the last y2 and x1 on their way to u, without the permutation that only turns them."""
+    mixing, h = weights.mixing, weights.passive
+    if isinstance(mixing, HardMixing):
+        gain, shift = mixing.output_gain, mixing.output_shift
+        active, passive = mixing.active[-1].long(), mixing.passive[-1].long()
+        return _padded_pair(gain[active], shift[active], half), _padded_pair(gain[passive], shift[passive], half)
+    if mixing.matrices == weights.blocks:
+        gain, shift = _unturned(mixing.matrix[-1], mixing.offset[-1])
+        return _padded_pair(gain[h:], shift[h:], half), _padded_pair(gain[:h], shift[:h], half)
+    return _padded_pair(*_unturned(mixing.active[-1], mixing.active_offset[-1]), half), None
+
+
+def _padded_pair(gain: Tensor, shift: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    return pad(gain.float(), half), pad(shift.float(), half)
+
+
+def _unturned(matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """sigma and o of a matrix P diag(sigma) and an offset P o: P is orthogonal."""
+    matrix = matrix.double()
+    sigma = matrix.norm(dim=0)
+    return sigma, (matrix / sigma.clamp(min=torch.finfo(torch.float64).tiny)).T @ offset.double()

@@ -1,0 +1,151 @@
+"""A wide decoder as a sequence of launches, a few per coupling block, over all rows of a chunk.
+
+    A  kernels/linear.py     hidden = act(w1 x1 + bias), and v beside it where a rotation follows
+    B  kernels/coupling.py   y2 in place of x2, sums of j
+    C  kernels/linear.py     soft permutations: x' by one product, or by a rotation's two; hard ones have none
+and one reduction. The features are read where they lie; what lies between the blocks is `state`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import LinearConfig, ReductionConfig, select_coupling, select_linear
+from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
+from cflow_fast.kernels.launch import Launch, Scratch
+from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
+from cflow_fast.kernels.phase_weights import PhaseWeights
+from cflow_fast.kernels.reduction import reduction_launch
+from cflow_fast.kernels.rows import Rows, loose_rows
+from cflow_fast.kernels.state import HardState, SoftState
+
+ROW_PADDING = 128
+"""Workspaces have whole tiles of rows: no tile is higher than this."""
+
+HiddenBias = list[Positions] | Tensor | None
+"""Every block's tables by position, the rows' own condition (N, C), or b1 alone."""
+
+
+class Phases:
+    """The launches for one chunk of rows. They are made as they are run, so that split sums share their memory."""
+
+    def __init__(self, prepared: PhaseWeights, rows: int, chip: Chip) -> None:
+        self.prepared, self.rows, self.chip = prepared, rows, chip
+        self.scratch = Scratch(prepared.device)
+        half, hidden = prepared.half, prepared.hidden
+        self.coupling = select_coupling(rows, hidden, half, prepared.precision, chip)
+        self.with_v = self._config(half, hidden + half)
+        self.tiles = triton.cdiv(half, self.coupling.block_out)
+        self.v_tiles = 0 if prepared.norm_passive else triton.cdiv(half, self.with_v.block_out)
+        self.padded_rows = triton.cdiv(rows, ROW_PADDING) * ROW_PADDING
+        self.hidden = self.empty(self.padded_rows, hidden)
+        self.sums = self.empty(
+            (prepared.weights.blocks + 1) * self.tiles + self.v_tiles, self.padded_rows, dtype=torch.float32
+        )
+        self.state = HardState(self) if prepared.hard else SoftState(self)
+
+    def launches(
+        self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
+    ) -> Iterator[Launch]:
+        """Everything up to log_prob and log_det, (N,) float32; with want_u `u` is there afterwards."""
+        weights, state = self.prepared.weights, self.state
+        source = Halves(features.narrow(0, weights.passive), features.narrow(weights.passive, weights.active))
+        for block in range(weights.blocks):
+            last = block == weights.blocks - 1
+            kept = want_u or not last
+            yield from self._first_layer(block, source.passive, bias, state.beyond(block, kept, last))
+            yield self._coupling_layer(block, source, kept, last)
+            if not last:
+                yield from state.mix(block)
+                source = state.source(block + 1)
+        log_dets = weights.blocks * self.tiles
+        yield reduction_launch(
+            self.sums, log_dets, weights.log_scale, weights.features, log_prob, log_det, ReductionConfig()
+        )
+        if want_u:
+            yield from state.turn_into_u(weights.blocks - 1)
+
+    @property
+    def u(self) -> Tensor:
+        """(N, D) float32, after launches that wanted it."""
+        return self.state.u()
+
+    def linear(self, x: Rows, weight: Tensor, y: Tensor, bias: Tensor | None = None, **options: object) -> Launch:
+        config = self._config(weight.shape[1], weight.shape[0], rotates=options.get("rotation") is not None)
+        return self._linear(x, weight, y, config, bias, **options)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.prepared.dtype, device=self.prepared.device)
+
+    def _first_layer(self, block: int, x1: Rows, bias: HiddenBias, beyond: Beyond | None) -> Iterator[Launch]:
+        w = self.prepared
+        config = self.with_v if beyond else self._config(w.half, w.hidden)
+        if isinstance(bias, Tensor):
+            assert w.w1_condition is not None
+            yield self.linear(loose_rows(bias), w.w1_condition[block], self.hidden)
+        yield self._linear(
+            x1,
+            w.w1[block],
+            self.hidden,
+            config,
+            bias[block] if isinstance(bias, list) else w.bias[block],
+            adds_y=isinstance(bias, Tensor),
+            activation=w.weights.activation,
+            beyond=beyond,
+        )
+
+    def _coupling_layer(self, block: int, source: Halves, kept: bool, last: bool) -> Launch:
+        w = self.prepared
+        norm = None
+        if last:
+            passive_gain, passive_shift = w.norm_passive or (None, None)
+            first = w.weights.blocks * self.tiles
+            norm = Norm(self.sums[first : first + self.tiles], *w.norm_active, passive_gain, passive_shift)
+        return coupling_launch(
+            self.hidden,
+            w.w2[block],
+            w.b2[block],
+            source,
+            self.state.target(block) if kept else None,
+            self.sums[block * self.tiles : (block + 1) * self.tiles],
+            w.weights.clamp,
+            self.coupling,
+            w.precision,
+            self.scratch,
+            self.chip.multiprocessors,
+            pending=self.state.pending(block),
+            norm=norm,
+        )
+
+    def v_squares(self) -> Tensor:
+        """The sums of v^2 after the last block's rotation."""
+        return self.sums[-self.v_tiles :]
+
+    def _config(self, inputs: int, outputs: int, rotates: bool = False) -> LinearConfig:
+        return select_linear(self.rows, inputs, outputs, self.prepared.precision, self.chip, rotates)
+
+    def _linear(
+        self,
+        x: Rows,
+        weight: Tensor,
+        y: Tensor,
+        config: LinearConfig,
+        bias: Tensor | Positions | None,
+        **options: object,
+    ) -> Launch:
+        return linear_launch(
+            x,
+            weight,
+            y,
+            config,
+            self.prepared.precision,
+            self.scratch,
+            self.chip.multiprocessors,
+            bias=bias,
+            **options,  # type: ignore[arg-type]
+        )

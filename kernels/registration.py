@@ -1,0 +1,208 @@
+"""The operations as torch ops, namespace `cflow_fast`: torch.compile, torch.export and CUDA graphs see through them.
+
+    anomaly_map(Tensor[] log_probs, SymInt[] size, float[]? maxima, str backend) -> (map, score)
+    flow_log_prob(Tensor features, Tensor? condition, Tensor[] weights, ..., str precision) -> log_prob
+
+A folded decoder goes in as its tensors in the order of `FlowWeights.tensors` and the numbers beside them, no handle:
+an exported program carries all it needs. What an implementation makes of them (packed or padded copies, positional
+tables) is made on the first call and found again by where the tensors lie; it lives as long as the first of them.
+
+Neither op has gradients. Results never share memory with inputs.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cflow_fast.kernels import anomaly_map as torch_anomaly_map
+from cflow_fast.kernels.flow import FlowResult
+from cflow_fast.kernels.weights import MIXINGS, FlowWeights
+
+LIBRARY = torch.library.Library("cflow_fast", "DEF")
+LIBRARY.define("anomaly_map(Tensor[] log_probs, SymInt[] size, float[]? maxima, str backend) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "flow_log_prob(Tensor features, Tensor? condition, Tensor[] weights, str mixing, str activation, float clamp, "
+    "float log_scale, str precision) -> Tensor"
+)
+
+
+class Flow(Protocol):
+    """A folded decoder made ready to run: `torch_flow.TorchFlow` or `triton_flow.TritonFlow`."""
+
+    weights: FlowWeights
+
+    def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor: ...
+
+    def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult: ...
+
+
+class FlowDescription(NamedTuple):
+    """What describes a folded decoder beside its tensors, in the op's order."""
+
+    mixing: str  # a key of weights.MIXINGS
+    activation: str
+    clamp: float
+    log_scale: float
+    precision: str  # the library's word for what is multiplied in
+
+
+@dataclass
+class FlowDispatch:
+    """What the library hands in: a way from weights and a precision to a flow, and the positional encoding.
+
+    encoding: condition channels, height, width to the factors over rows (H, C/2) and over columns (W, C/2).
+    """
+
+    prepare: Callable[[FlowWeights, str], Flow]
+    encoding: Callable[[int, int, int], tuple[Tensor, Tensor]]
+
+
+_MIXING = "mixing_"
+
+_dispatch: list[FlowDispatch] = []
+"""The one in use."""
+
+
+def use(dispatch: FlowDispatch) -> None:
+    _dispatch[:] = [dispatch]
+
+
+def anomaly_map(
+    log_probs: Sequence[Tensor], size: Sequence[int], maxima: Sequence[float] | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """[(B, H_k, W_k), ...] to the map (B, H, W) and the score (B,), by "torch" or "triton": see `anomaly_map`."""
+    return torch.ops.cflow_fast.anomaly_map(log_probs, size, maxima, backend)
+
+
+def flow_log_prob(
+    features: Tensor, condition: Tensor | None, weights: Sequence[Tensor], description: FlowDescription
+) -> Tensor:
+    """Maps (B, D, H, W) under the positional encoding to (B, H, W), or rows (N, D) under a condition (N, C) to (N,)."""
+    return torch.ops.cflow_fast.flow_log_prob(features, condition, weights, *description)
+
+
+def prepared_flow(tensors: Sequence[Tensor], description: FlowDescription) -> Flow:
+    """The flow of these weights, made on first use: the one that calls of `flow_log_prob` run."""
+    return _flows.get(tensors, description)
+
+
+def _run(flow: Flow, features: Tensor, condition: Tensor | None) -> Tensor:
+    """What `flow_log_prob` computes, whatever autocast says around it: a folded decoder has its own precision."""
+    with without_autocast(features.device):
+        if features.dim() == 2:
+            return flow.rows(features, condition, want_u=False).log_prob
+        channels = flow.weights.condition
+        encoding = _dispatch[0].encoding(channels, *features.shape[2:]) if channels else None
+        return flow.log_prob_map(features, encoding)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def as_weights(tensors: Sequence[Tensor], description: FlowDescription) -> FlowWeights:
+    """The tensors of `FlowWeights.tensors`, in its order, as what they were."""
+    named = dict(zip(_names(len(tensors), description.mixing), tensors, strict=True))
+    mixing = {name.removeprefix(_MIXING): named.pop(name) for name in list(named) if name.startswith(_MIXING)}
+    return FlowWeights(
+        activation=description.activation,
+        clamp=description.clamp,
+        log_scale=description.log_scale,
+        mixing=MIXINGS[description.mixing](**mixing),
+        **({"w1_condition": None} | named),  # type: ignore[arg-type]
+    )
+
+
+def _anomaly_map(
+    log_probs: list[Tensor], size: list[int], maxima: list[float] | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    height, width = size
+    if not len(log_probs[0]):
+        return _fake_anomaly_map(log_probs, size, maxima, backend)
+    if backend == "torch":
+        return torch_anomaly_map.anomaly_map(log_probs, (height, width), maxima)
+    from cflow_fast.kernels import anomaly_tail  # Triton may be missing where it is not used
+
+    return anomaly_tail.anomaly_map(log_probs, (height, width), maxima)
+
+
+def _fake_anomaly_map(
+    log_probs: list[Tensor], size: list[int], maxima: list[float] | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    batch = log_probs[0].shape[0]
+    return log_probs[0].new_empty(batch, *size), log_probs[0].new_empty(batch)
+
+
+def _flow_log_prob(features: Tensor, condition: Tensor | None, weights: list[Tensor], *described: Any) -> Tensor:
+    return _run(prepared_flow(weights, FlowDescription(*described)), features, condition)
+
+
+def _fake_flow_log_prob(features: Tensor, condition: Tensor | None, weights: list[Tensor], *described: Any) -> Tensor:
+    b1 = weights[_names(len(weights), described[0]).index("b1")]
+    positions = (features.shape[0], *features.shape[2:])
+    return features.new_empty(positions, dtype=b1.dtype)
+
+
+def _names(count: int, mixing: str) -> list[str]:
+    """The weights' names, in the order of FlowWeights.tensors; `count` tells whether there is a condition."""
+    own = ["w1", "w1_condition", "b1", "w2", "b2"]
+    others = [f"{_MIXING}{field.name}" for field in fields(MIXINGS[mixing])]
+    if count < len(own) + len(others):
+        own.remove("w1_condition")
+    return own + others
+
+
+class _PreparedFlows:
+    """Flows by the memory of their weights.
+
+    A flow holds aliases of the tensors, which keep that memory from being used for anything else; it is dropped with
+    the caller's own first tensor. Weights that were changed in place since are prepared anew.
+    """
+
+    def __init__(self) -> None:
+        self._flows: dict[tuple[Any, ...], tuple[list[int], Flow]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, tensors: Sequence[Tensor], description: FlowDescription) -> Flow:
+        key = (description, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors))
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        found = self._flows.get(key)
+        if found is not None and found[0] == versions:
+            return found[1]
+        with self._lock:
+            found = self._flows.get(key)
+            if found is None or found[0] != versions:
+                if found is None:
+                    weakref.finalize(tensors[0], self._flows.pop, key, None).atexit = False
+                weights = as_weights([t.detach() for t in tensors], description)
+                found = versions, _dispatch[0].prepare(weights, description.precision)
+                self._flows[key] = found
+            return found[1]
+
+
+_flows = _PreparedFlows()
+
+
+def _refuse_gradients(name: str, reason: str) -> None:
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(reason)
+
+    torch.library.register_autograd(f"cflow_fast::{name}", backward, lib=LIBRARY)
+
+
+for _name, _implementation, _fake, _reason in (
+    ("anomaly_map", _anomaly_map, _fake_anomaly_map, "the anomaly map's op has no gradients"),
+    ("flow_log_prob", _flow_log_prob, _fake_flow_log_prob, "a folded decoder has no gradients"),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cflow_fast::{_name}", _fake, lib=LIBRARY)
+    _refuse_gradients(_name, _reason)

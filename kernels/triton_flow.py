@@ -1,0 +1,118 @@
+"""The Triton implementation of a folded decoder: the counterpart of `torch_flow.TorchFlow`, with the same calls.
+
+A decoder whose state fits the registers runs whole in one kernel (`whole_flow`), a wider one in `phases`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import WholeFlowConfig, select_whole_flow
+from cflow_fast.kernels.flow import FlowResult
+from cflow_fast.kernels.linear import Positions
+from cflow_fast.kernels.phase_weights import PhaseWeights, operand_dtype
+from cflow_fast.kernels.phases import HiddenBias, Phases
+from cflow_fast.kernels.rows import Rows, loose_rows, map_rows
+from cflow_fast.kernels.torch_flow import MAX_TABLES, PositionalTables, positional_tables
+from cflow_fast.kernels.weights import FlowWeights
+from cflow_fast.kernels.whole_flow import whole_flow_map, whole_flow_rows
+from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
+
+CHUNK_ROWS = 32768
+"""Rows that the phases work on at once: the widest hidden layer of WideResNet-50's decoders then has 151 MB in bf16."""
+
+
+class TritonFlow:
+    """A folded decoder for one card and one of `lang.PRECISIONS`."""
+
+    def __init__(self, weights: FlowWeights, precision: str) -> None:
+        self.weights, self.precision = weights, precision
+        self.chip = Chip.of(weights.device)
+        self._tables: OrderedDict[tuple[int, int, bool], Tensor | list[Positions]] = OrderedDict()
+
+    def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
+        """As TorchFlow.log_prob_map: natural log-likelihoods (B, H, W) of feature maps (B, D, H, W), float32."""
+        batch, _, height, width = features.shape
+        with _current(features.device):
+            config = self._whole_config(batch * height * width)
+            tables = None if encoding is None else self._tables_for(height, width, encoding, whole=config is not None)
+            if config is not None:
+                assert not isinstance(tables, list)
+                return whole_flow_map(features, self.whole, tables, config)
+            log_prob = torch.empty(batch, height, width, dtype=torch.float32, device=features.device)
+            for images, lines in _chunks(batch, height, width):
+                bias = None
+                if isinstance(tables, list):
+                    bias = [Positions(table.rows[lines], table.columns) for table in tables]
+                some = log_prob[images, lines]
+                self._phases(map_rows(features[images, :, lines]), bias, some.view(-1), torch.empty_like(some).view(-1))
+            return log_prob
+
+    def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
+        """As TorchFlow.rows: loose feature vectors (N, D) with a condition (N, C) each; u as (N, D) float32."""
+        with _current(z.device):
+            config = self._whole_config(len(z))
+            if config is not None:
+                return whole_flow_rows(z, condition, self.whole, want_u, config)
+            log_prob, log_det = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(2))
+            u = torch.empty(z.shape, dtype=torch.float32, device=z.device) if want_u else None
+            for start in range(0, len(z), CHUNK_ROWS):
+                some = slice(start, start + CHUNK_ROWS)
+                bias = None if condition is None else condition[some]
+                phases = self._phases(loose_rows(z[some]), bias, log_prob[some], log_det[some], want_u)
+                if u is not None:
+                    u[some] = phases.u
+            return FlowResult(log_prob, log_det, u)
+
+    @cached_property
+    def whole(self) -> WholeFlowWeights:
+        return WholeFlowWeights.prepare(self.weights, self.precision)
+
+    @cached_property
+    def prepared(self) -> PhaseWeights:
+        return PhaseWeights.prepare(self.weights, self.precision)
+
+    def _whole_config(self, rows: int) -> WholeFlowConfig | None:
+        return select_whole_flow(self.chip.capability, self.weights.features, rows, self.precision)
+
+    def _phases(
+        self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
+    ) -> Phases:
+        phases = Phases(self.prepared, features.count, self.chip)
+        for launch in phases.launches(features, bias, log_prob, log_det, want_u):
+            launch.run()
+        return phases
+
+    def _tables_for(
+        self, height: int, width: int, encoding: tuple[Tensor, Tensor], whole: bool
+    ) -> Tensor | list[Positions]:
+        tables = self._tables.get((height, width, whole))
+        if tables is None:
+            exact: PositionalTables = positional_tables(self.weights, encoding, operand_dtype(self.precision))
+            tables = self.whole.tables(exact) if whole else self.prepared.positions(exact)
+            self._tables[height, width, whole] = tables
+            while len(self._tables) > MAX_TABLES:
+                self._tables.popitem(last=False)
+        return tables
+
+
+def _chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Images and lines of every chunk: whole images, or lines of one image where it alone is too large."""
+    if not batch * height * width:
+        return
+    images, lines = max(1, CHUNK_ROWS // (height * width)), min(height, max(1, CHUNK_ROWS // width))
+    for image in range(0, batch, images):
+        for line in range(0, height, lines):
+            yield slice(image, image + images), slice(line, line + lines)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,220 @@
+"""Faults for `test_kernel_faults` to plant into the kernels' sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One passage of a module of `cflow_fast.kernels`, and what is wrong instead."""
+
+    name: str
+    module: str
+    right: str
+    wrong: str
+    check: str = "tail"
+    """The one of `test_kernel_faults.CHECKS` that has to turn red."""
+
+
+TAIL = [
+    Fault(
+        "tail mask dropped from a store",
+        "anomaly_tail",
+        "(image * height + r) * width + columns, value, mask=inside)",
+        "(image * height + r) * width + columns, value)",
+    ),
+    Fault("strip runs past the last row", "anomaly_tail", "tl.minimum(first + ROWS, height)", "first + ROWS"),
+    Fault("strips overlap", "anomaly_tail", "% row_tiles * ROWS", "% row_tiles * (ROWS - 1)"),
+    Fault("rows for columns", "anomaly_tail", "(columns, scale.column_step,", "(columns, scale.row_step,"),
+    Fault(
+        "rows' strides for columns'",
+        "anomaly_tail",
+        "left.to(tl.int64) * scale.column_stride",
+        "left.to(tl.int64) * scale.row_stride",
+    ),
+    Fault("align_corners off", "anomaly_tail", "(source - 1) / (output - 1) if", "source / output if"),
+    Fault("no cap at 1", "anomaly_tail", "p = tl.minimum(p, 1.0)", "p = p + 0.0"),
+    Fault(
+        "infinities taken for numbers",
+        "anomaly_tail",
+        'tl.where(tl.abs(log_prob) < float("inf"), p, float("nan"))',
+        "p",
+    ),
+    Fault("infinity taken for a maximum", "anomaly_tail", '& (log_prob < float("inf"))', ""),
+    Fault("stale source rows", "anomaly_tail", "if row != above[k]:", "if row > above[k] + 1:"),
+    Fault(
+        "row below taken for any later one",
+        "anomaly_tail",
+        "if row != _next(above[k], scale.height, height):",
+        "if row < above[k]:",
+    ),
+    Fault(
+        "weights of two rows exchanged",
+        "anomaly_tail",
+        "tl.fma(upper, 1.0 - weight, tl.fma(lower, weight, total))",
+        "tl.fma(lower, 1.0 - weight, tl.fma(upper, weight, total))",
+    ),
+    Fault(
+        "scores of all images in the first one's place",
+        "anomaly_tail",
+        "highest_ptr += image",
+        "highest_ptr += 0 * image",
+    ),
+    Fault(
+        "last positions left out of the maxima",
+        "anomaly_tail",
+        "tl.int64) * BLOCK, positions,",
+        "tl.int64) * BLOCK, positions - BLOCK,",
+    ),
+    Fault("probability's sign", "anomaly_tail", "tl.exp(log_prob - peak)", "tl.exp(peak - log_prob)"),
+]
+
+WHOLE_FLOW = [
+    Fault(
+        "log-determinant's sign",
+        "whole_flow_kernel",
+        "(log_det - 0.5 * norm), mask",
+        "(-log_det - 0.5 * norm), mask",
+        "whole flow, hard",
+    ),
+    Fault("s and t exchanged", "whole_flow_kernel", "s, t = unpair(acc", "t, s = unpair(acc", "whole flow, hard"),
+    Fault(
+        "features' mask dropped",
+        "whole_flow_halves",
+        "mask = inside[:, None] & (place < COUNT)[None, :]",
+        "mask = inside[:, None] | (place < COUNT)[None, :]",
+        "whole flow, hard",
+    ),
+    Fault(
+        "rows' mask dropped from the result",
+        "whole_flow_kernel",
+        "(log_det - 0.5 * norm), mask=inside)",
+        "(log_det - 0.5 * norm))",
+        "whole flow, hard",
+    ),
+    Fault(
+        "column for row in the tables",
+        "whole_flow_kernel",
+        "block_tables_ptr + line[:, None] * HIDDEN",
+        "block_tables_ptr + column[:, None] * HIDDEN",
+        "whole flow, hard",
+    ),
+    Fault(
+        "last hidden units dropped",
+        "whole_flow_kernel",
+        "tl.range(0, HIDDEN, BLOCK_HIDDEN,",
+        "tl.range(0, HIDDEN - BLOCK_HIDDEN, BLOCK_HIDDEN,",
+        "whole flow, hard",
+    ),
+    Fault(
+        "pending scale forgotten",
+        "whole_flow_kernel",
+        "kept(scaled(x2, pending_ptr, ROWS, MAIN, SIDE), PRECISION",
+        "kept(x2, PRECISION",
+        "whole flow, hard",
+    ),
+    Fault(
+        "y2 written over x1",
+        "whole_flow_kernel",
+        "write(slot, index_ptr + k * (2 * h) + h,",
+        "write(slot, index_ptr + k * (2 * h),",
+        "whole flow, hard",
+    ),
+    Fault(
+        "rotation's sine with the wrong sign",
+        "whole_flow_mixing",
+        "main = v[0] * cosine - w[0] * sine",
+        "main = v[0] * cosine + w[0] * sine",
+        "whole flow, soft",
+    ),
+]
+
+PHASES = [
+    Fault(
+        "stale first tile",
+        "linear",
+        "locate(unit, row_tiles, out_tiles",
+        "locate(tl.program_id(0), row_tiles, out_tiles",
+        "phases, hard",
+    ),
+    Fault(
+        "stale first tile",
+        "coupling",
+        "locate(unit, row_tiles, out_tiles",
+        "locate(tl.program_id(0), row_tiles, out_tiles",
+        "phases, soft",
+    ),
+    Fault(
+        "features' tail mask dropped", "linear", "& (k < x_features)[None, :]", "& (k >= 0)[None, :]", "phases, hard"
+    ),
+    Fault(
+        "rows' tail mask dropped",
+        "linear",
+        "valid = (row < rows)[:, None] &",
+        "valid = (row >= 0)[:, None] &",
+        "phases, hard",
+    ),
+    Fault(
+        "last inputs dropped",
+        "linear",
+        "tl.minimum((split + 1) * split_inputs, inputs), BLOCK_K)",
+        "tl.minimum((split + 1) * split_inputs, inputs) - BLOCK_K, BLOCK_K)",
+        "phases, hard",
+    ),
+    Fault(
+        "bias added by every split",
+        "linear",
+        "biased = (column < end) & (split == 0)",
+        "biased = column < end",
+        "phases, hard",
+    ),
+    Fault(
+        "row and column tables swapped",
+        "linear",
+        "columns_ptr + position[:, None]",
+        "lines_ptr + position[:, None]",
+        "phases, hard",
+    ),
+    Fault(
+        "rotation's sine with the wrong sign",
+        "linear",
+        "acc = cosine * v - sine * acc",
+        "acc = cosine * v + sine * acc",
+        "phases, soft",
+    ),
+    Fault(
+        "one split forgotten",
+        "tiles",
+        "for split in range(SPLIT_K):",
+        "for split in range(SPLIT_K - 1):",
+        "phases, hard",
+    ),
+    Fault(
+        "first arriver taken for the last",
+        "tiles",
+        'sem="acq_rel") == SPLIT_K - 1',
+        'sem="acq_rel") == 0',
+        "phases, hard",
+    ),
+    Fault(
+        "s and t exchanged",
+        "coupling",
+        "j = clamp * tanh(s, PRECISION)",
+        "j = clamp * tanh(t, PRECISION)",
+        "phases, hard",
+    ),
+    Fault("log-determinant's sign", "coupling", "+ row, tl.sum(j, 1))", "+ row, -tl.sum(j, 1))", "phases, hard"),
+    Fault(
+        "pending shift forgotten",
+        "coupling",
+        "x += tl.load(shift_ptr + column",
+        "x += 0 * tl.load(shift_ptr + column",
+        "phases, hard",
+    ),
+    Fault(
+        "norm's sign", "reduction", "total - 0.5 * (tl.sum(norm, 0)", "total + 0.5 * (tl.sum(norm, 0)", "phases, hard"
+    ),
+]
+
+FAULTS = [*TAIL, *WHOLE_FLOW, *PHASES]

@@ -1,0 +1,213 @@
+"""The torch ops: opcheck's rules, and a folded decoder seen through by torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from flows import rough_decoder
+from kernel_guards import guarded
+from torch import Tensor, nn
+
+from cflow_fast import FoldedDecoder
+from cflow_fast.anomaly import anomaly_map
+from cflow_fast.kernels import registration
+from cflow_fast.kernels.torch_flow import TorchFlow
+
+OPS = torch.ops.cflow_fast
+FEATURES = torch.randn(2, 7, 3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def folded(precision: str = "fp32", **options: Any) -> FoldedDecoder:
+    return rough_decoder(**options).fold(precision)
+
+
+def op_arguments(decoder: FoldedDecoder, features: Tensor, condition: Tensor | None = None) -> tuple[Any, ...]:
+    return features, condition, decoder._tensors, *decoder._description
+
+
+def log_probs(batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, *shape, generator=generator) - 1.4 for shape in ((3, 4), (2, 1))]
+
+
+class Score(nn.Module):
+    """A module of the kind that is exported: two decoders, one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoders = nn.ModuleList([folded(), folded(condition=0, permute_soft=True)])
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = [decoder.log_prob(features) / 7 for decoder in self.decoders]  # type: ignore[operator]
+        return registration.anomaly_map(log_probs, (6, 5), [-1.0, -1.0], "torch")
+
+
+@pytest.mark.parametrize("maxima", [[-1.0, -1.1], None])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_anomaly_map_passes_opcheck(maxima: list[float] | None, backend: str) -> None:
+    torch.library.opcheck(OPS.anomaly_map, (log_probs(), [5, 6], maxima, backend))
+
+
+@pytest.mark.parametrize("options", [{}, {"condition": 0}, {"permute_soft": True}])
+def test_flow_log_prob_passes_opcheck(options: dict[str, Any]) -> None:
+    torch.library.opcheck(OPS.flow_log_prob, op_arguments(folded(**options), FEATURES))
+
+
+def test_flow_log_prob_passes_opcheck_on_rows() -> None:
+    condition = torch.randn(5, 8)
+    torch.library.opcheck(OPS.flow_log_prob, op_arguments(folded("bf16"), torch.randn(5, 7), condition))
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_fake_results_have_the_shape_dtype_and_strides_of_real_ones(batch: int) -> None:
+    for precision in ("fp32", "fp64", "bf16"):
+        decoder = folded(precision)
+        arguments = op_arguments(decoder, FEATURES[:batch])
+        fake = registration._fake_flow_log_prob(*arguments)
+        real = OPS.flow_log_prob(*arguments)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_backends_of_the_anomaly_map_agree() -> None:
+    for maxima in ([-1.0, -1.1], None):
+        for one, other in zip(
+            *(OPS.anomaly_map(log_probs(), [5, 6], maxima, b) for b in ("torch", "triton")), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_empty_batch_has_an_empty_map() -> None:
+    for backend in ("torch", "triton"):
+        result, score = OPS.anomaly_map(log_probs(0), [5, 6], None, backend)
+        assert (result.shape, score.shape) == ((0, 5, 6), (0,))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("options", [{}, {"condition": 0}, {"permute_soft": True}])
+def test_compiled_log_prob_has_no_graph_break_and_the_same_numbers(backend: str, options: dict[str, Any]) -> None:
+    decoder = folded(**options)
+    compiled = torch.compile(decoder.log_prob, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(FEATURES), decoder.log_prob(FEATURES))
+
+
+def test_compiled_log_prob_takes_rows_and_other_sizes() -> None:
+    decoder = folded()
+    compiled = torch.compile(decoder.log_prob, backend="aot_eager", fullgraph=True, dynamic=True)
+    for features in (FEATURES, FEATURES.repeat(2, 1, 2, 1)):
+        assert torch.equal(compiled(features), decoder.log_prob(features))
+    rows = (torch.randn(5, 7), torch.randn(5, 8))
+    assert torch.equal(compiled(*rows), decoder.log_prob(*rows))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_module_computes_the_same(strict: bool) -> None:
+    module = Score().eval()
+    program = torch.export.export(module, (FEATURES,), strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("cflow_fast.flow_log_prob.default") == 2
+    assert targets.count("cflow_fast.anomaly_map.default") == 1
+    for one, other in zip(program.module()(FEATURES), module(FEATURES), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_library_runs_triton_through_the_same_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, scales = folded().log_prob(FEATURES), log_probs()
+    expected = anomaly_map(scales, 6)
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
+    decoder = folded()
+    compiled = torch.compile(decoder.log_prob, backend="aot_eager", fullgraph=True)
+    with guarded() as guard:
+        log_prob = compiled(FEATURES)
+        result = anomaly_map(scales, 6)
+    assert {"whole_flow_kernel", "tail_kernel"} <= {launch.name for launch in guard.launches}
+    torch.testing.assert_close(log_prob, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    assert torch.equal(log_prob, decoder.log_prob(FEATURES))
+    assert anomaly_map([scale.double() for scale in scales], 6).dtype == torch.float64
+    assert anomaly_map([scale.requires_grad_() for scale in scales], 6).requires_grad
+
+
+def test_autocast_around_a_call_changes_nothing() -> None:
+    decoder = folded()
+    compiled = torch.compile(decoder.log_prob, backend="aot_eager", fullgraph=True)
+    expected = decoder.log_prob(FEATURES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decoder.log_prob(FEATURES), expected)
+        assert torch.equal(compiled(FEATURES), expected)
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[TorchFlow]:
+    """Flows as they are made; not kept alive by this list's owner alone."""
+    made: list[Any] = []
+    dispatch = registration._dispatch[0]
+
+    def prepare(weights: Any, precision: str) -> Any:
+        made.append(precision)
+        return dispatch.prepare(weights, precision)
+
+    monkeypatch.setattr(registration, "_dispatch", [registration.FlowDispatch(prepare, dispatch.encoding)])
+    return made
+
+
+def test_weights_are_prepared_once_for_every_way_of_calling(prepared: list[Any]) -> None:
+    decoder = folded()
+    compiled = torch.compile(decoder.log_prob, backend="aot_eager", fullgraph=True)
+    program = torch.export.export(Holder(decoder), (FEATURES,)).module()
+    for _ in range(3):
+        compiled(FEATURES)
+        decoder.log_prob(FEATURES)
+        OPS.flow_log_prob(*op_arguments(decoder, FEATURES))
+        program(FEATURES)
+    assert len(prepared) == 1
+
+
+class Holder(nn.Module):
+    def __init__(self, decoder: FoldedDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.decoder.log_prob(features)
+
+
+def test_weights_changed_in_place_are_prepared_anew(prepared: list[Any]) -> None:
+    decoder, other = folded(), folded(seed=4)
+    compiled = torch.compile(decoder.log_prob, backend="aot_eager", fullgraph=True)
+    compiled(FEATURES)
+    decoder.load_state_dict(other.state_dict())
+    assert torch.equal(decoder.log_prob(FEATURES), other.log_prob(FEATURES))
+    assert torch.equal(compiled(FEATURES), other.log_prob(FEATURES))
+    assert len(prepared) == 3
+
+
+def test_prepared_copies_go_with_their_decoder() -> None:
+    gc.collect()
+    before = len(registration._flows._flows)
+    decoder = folded()
+    decoder.log_prob(FEATURES)
+    OPS.flow_log_prob(*op_arguments(decoder, FEATURES))
+    clone = copy.deepcopy(decoder)
+    clone.log_prob(FEATURES)
+    assert len(registration._flows._flows) == before + 2
+    del decoder, clone
+    gc.collect()
+    assert len(registration._flows._flows) == before
+
+
+def test_gradients_are_refused_by_every_way_of_calling() -> None:
+    decoder, features = folded(), FEATURES.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="a folded decoder has no gradients"):
+        decoder.log_prob(features)
+    compiled = torch.compile(decoder.log_prob, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="a folded decoder has no gradients"):
+        compiled(features)
+    with pytest.raises(RuntimeError, match="a folded decoder has no gradients"):
+        OPS.flow_log_prob(*op_arguments(decoder, features)).sum().backward()
+    maps = [log_prob.requires_grad_() for log_prob in log_probs()]
+    with pytest.raises(RuntimeError, match="the anomaly map's op has no gradients"):
+        OPS.anomaly_map(maps, [3, 3], None, "torch")[0].sum().backward()

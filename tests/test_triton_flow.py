@@ -1,0 +1,276 @@
+"""Triton's kernels, put together, are the folded decoder: against PyTorch, float64 and FrEIA, however rows arrive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flows import rough_decoder
+from kernel_guards import guarded
+from torch import Tensor
+
+from cflow_fast import parity
+from cflow_fast.folding import cast_weights, fold_weights
+from cflow_fast.kernels import phases, triton_flow
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import (
+    SHARED_MEMORY,
+    CouplingConfig,
+    LinearConfig,
+    select_coupling,
+    select_linear,
+    select_whole_flow,
+)
+from cflow_fast.kernels.flow import FlowResult
+from cflow_fast.kernels.torch_flow import TorchFlow
+from cflow_fast.kernels.triton_flow import TritonFlow
+from cflow_fast.positional import encoding_factors
+
+CPU = torch.device("cpu")
+BLOCKS, CONDITION = 3, 8
+MIXINGS = {"hard": None, "matrices": BLOCKS, "rotations": 0, "a matrix, then rotations": 1}
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+TOLERANCES = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2e-3, "bf16": 2e-2}
+"""Of log p / D, against float64."""
+each_mixing = pytest.mark.parametrize("mixing", MIXINGS)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases whatever the width, in tiles that a narrow decoder still crosses, their inputs split in two."""
+    monkeypatch.setattr(phases, "select_linear", lambda *_, **__: LinearConfig(64, 64, 64, 4, 2, split_k=2))
+    monkeypatch.setattr(phases, "select_coupling", lambda *_: CouplingConfig(64, 32, 64, 4, 2, split_k=2))
+    monkeypatch.setattr(triton_flow, "select_whole_flow", lambda *_: None)
+
+
+class Flows:
+    """One decoder as TritonFlow, and as TorchFlow in float64."""
+
+    def __init__(
+        self, mixing: str, precision: str = "ieee", features: int = 72, condition: int = CONDITION, **options: Any
+    ) -> None:
+        self.features, self.condition = features, condition
+        decoder = rough_decoder(
+            features, condition, permute_soft=mixing != "hard", **({"coupling_blocks": BLOCKS} | options)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cflow_fast.folding.matrix_blocks", lambda *_: MIXINGS[mixing])
+            exact = fold_weights(decoder.double(), torch.float64)
+        storage = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.triton = TritonFlow(cast_weights(exact, storage, CPU), precision)
+        self.exact = TorchFlow(exact, torch.float64, packed=False)
+
+    def maps(self, batch: int, height: int, width: int) -> Tensor:
+        return torch.randn(batch, self.features, height, width)
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor | None]:
+        return torch.randn(count, self.features), torch.randn(count, self.condition) if self.condition else None
+
+    def encoding(self, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+        return encoding_factors(self.condition, *maps.shape[2:]) if self.condition else None
+
+    def log_prob(self, maps: Tensor) -> Tensor:
+        return self.triton.log_prob_map(maps, self.encoding(maps))
+
+    def error(self, maps: Tensor) -> float:
+        """Largest deviation of log p / D from float64."""
+        exact = self.exact.log_prob_map(maps.double(), self.encoding(maps))
+        return float((self.log_prob(maps) - exact).abs().max() / self.features)
+
+    def exact_rows(self, z: Tensor, c: Tensor | None) -> FlowResult:
+        return self.exact.rows(z.double(), None if c is None else c.double(), want_u=True)
+
+
+@each_mixing
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("features", [41, 160])
+def test_maps_agree_with_float64(features: int, precision: str, mixing: str) -> None:
+    """Halves and hidden layers of 1 to 3 tiles, padded differently; 72 positions in two tiles of rows."""
+    flows = Flows(mixing, precision, features, coupling_blocks=3 if features == 41 else 2)
+    assert flows.error(flows.maps(3, 3, 8)) < TOLERANCES[precision]
+
+
+@each_mixing
+@pytest.mark.parametrize(("condition", "activation"), [(CONDITION, "relu"), (0, "softplus")])
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_rows_with_a_condition_of_their_own_agree_with_float64(
+    precision: str, condition: int, activation: str, mixing: str
+) -> None:
+    flows = Flows(mixing, precision, condition=condition, activation=activation, coupling_blocks=2)
+    z, c = flows.rows(37)
+    ours, exact = flows.triton.rows(z, c, want_u=True), flows.exact_rows(z, c)
+    tolerance = TOLERANCES[precision]
+    assert (ours.log_prob - exact.log_prob).abs().max() / flows.features < tolerance
+    assert (ours.log_det - exact.log_det).abs().max() / flows.features < tolerance
+    assert ours.u is not None
+    assert exact.u is not None
+    assert (ours.u - exact.u).abs().max() < 5 * tolerance
+    assert torch.equal(flows.triton.rows(z, c, want_u=False).log_prob, ours.log_prob)
+
+
+@pytest.mark.parametrize("mixing", ["hard", "rotations"])
+def test_maps_without_a_condition_agree_with_float64(mixing: str) -> None:
+    flows = Flows(mixing, condition=0)
+    assert flows.error(flows.maps(1, 4, 5)) < TOLERANCES["ieee"]
+
+
+@pytest.mark.parametrize("mixing", ["hard", "matrices"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 7), (2, 64), (1, 128)])
+def test_positions_of_maps_of_any_size(height: int, width: int, mixing: str) -> None:
+    flows = Flows(mixing, coupling_blocks=2)
+    flows_error = flows.error(flows.maps(1, height, width))
+    assert flows_error < TOLERANCES["ieee"]
+
+
+@each_mixing
+def test_single_block_is_first_and_last_at_once(mixing: str) -> None:
+    flows = Flows("matrices" if mixing.startswith("a matrix") else mixing, coupling_blocks=1)
+    z, c = flows.rows(5)
+    ours, exact = flows.triton.rows(z, c, want_u=True), flows.exact_rows(z, c)
+    torch.testing.assert_close(ours.log_prob.double(), exact.log_prob, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours.u, exact.u, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+def test_decoder_agrees_with_freia_in_float64(permute_soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
+    decoder = rough_decoder(64, CONDITION, permute_soft=permute_soft)
+    z, c = torch.randn(20, 64), torch.randn(20, CONDITION)
+    u, log_det = decoder.fold("fp32")(z, [c])
+    with torch.no_grad():
+        exact_u, exact_log_det = decoder.double().to_freia().double().eval()(z.double(), [c.double()])
+    torch.testing.assert_close(u.double(), exact_u, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_det.double(), exact_log_det, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+def test_folded_decoder_on_triton_loses_no_more_than_freia(permute_soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
+    monkeypatch.setattr(phases, "select_linear", lambda *_, **__: LinearConfig(128, 128, 64, 4, 2))
+    monkeypatch.setattr(phases, "select_coupling", lambda *_: CouplingConfig(128, 64, 64, 4, 2))
+    rows = list(parity.check(parity.random_case(64, permute_soft, size=(1, 12, 16))))
+    assert [(row.backend, row.precision) for row in rows] == [("triton", "fp32"), ("triton", "bf16")]
+    for row in rows:
+        assert row.passed, f"{row.case} {row.precision}: {'; '.join(row.failures)}"
+
+
+def test_folded_decoder_runs_its_working_copy_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
+    decoder = rough_decoder(64, CONDITION, coupling_blocks=1)
+    folded = decoder.fold("bf16")
+    assert isinstance(folded.flow, TritonFlow)
+    assert folded.flow.precision == "bf16"
+    assert folded.log_prob(torch.randn(1, 64, 2, 3)).shape == (1, 2, 3)
+    assert isinstance(decoder.double().fold().flow, TorchFlow)
+
+
+@each_mixing
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_kernels_stay_in_bounds_and_depend_on_nothing_unwritten(precision: str, mixing: str) -> None:
+    """With an odd D, ragged everywhere; fresh memory holds NaN."""
+    flows = Flows(mixing, precision, 41, coupling_blocks=2)
+    maps, (z, c) = flows.maps(1, 5, 7), flows.rows(3)
+    with guarded() as guard:
+        log_prob = flows.log_prob(maps)
+        guard.written_once(log_prob)
+        result = flows.triton.rows(z, c, want_u=True)
+    assert all(tensor is not None and tensor.isfinite().all() for tensor in (log_prob, *result))
+
+
+@each_mixing
+def test_result_is_bitwise_the_same_from_run_to_run(mixing: str) -> None:
+    flows = Flows(mixing, features=64, coupling_blocks=2)
+    maps = flows.maps(1, 3, 5)
+    assert torch.equal(flows.log_prob(maps), flows.log_prob(maps))
+
+
+@pytest.mark.parametrize("mixing", ["hard", "rotations"])
+def test_maps_may_lie_anyhow_and_in_any_dtype(mixing: str) -> None:
+    flows = Flows(mixing, coupling_blocks=2)
+    maps = flows.maps(2, 3, 4).bfloat16()
+    expected = flows.log_prob(maps.float())
+    for same in (maps, maps.contiguous(memory_format=torch.channels_last), maps.mT.contiguous().mT, maps.double()):
+        assert torch.equal(flows.log_prob(same), expected)
+
+
+@pytest.mark.parametrize("mixing", ["hard", "matrices"])
+@pytest.mark.parametrize("chunk", [5, 12, 25])
+def test_chunks_of_rows_do_not_show(chunk: int, mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 positions in lines of 4: chunks of a line, of an image, of two images."""
+    flows = Flows(mixing, features=64, coupling_blocks=1)
+    maps, (z, c) = flows.maps(3, 3, 4), flows.rows(11)
+    whole = flows.log_prob(maps), *flows.triton.rows(z, c, want_u=True)
+    monkeypatch.setattr(triton_flow, "CHUNK_ROWS", chunk)
+    for chunked, expected in zip((flows.log_prob(maps), *flows.triton.rows(z, c, want_u=True)), whole, strict=True):
+        assert torch.equal(chunked, expected)
+
+
+@each_mixing
+@pytest.mark.parametrize("condition", [0, CONDITION])
+def test_no_rows_are_no_rows(condition: int, mixing: str) -> None:
+    flows = Flows(mixing, condition=condition)
+    result = flows.triton.rows(*flows.rows(0), want_u=True)
+    assert result.u is not None
+    assert (result.log_prob.shape, result.u.shape) == ((0,), (0, flows.features))
+    for shape in ((0, 2, 3), (2, 0, 3), (2, 3, 0)):
+        assert flows.log_prob(flows.maps(*shape)).shape == shape
+
+
+@each_mixing
+def test_position_that_is_not_finite_spoils_no_other(mixing: str) -> None:
+    flows = Flows(mixing, coupling_blocks=2)
+    maps = flows.maps(1, 4, 6)
+    expected = flows.log_prob(maps)
+    maps[0, 3, 1, 2], maps[0, 60, 3, 5] = torch.nan, torch.inf
+    ours = flows.log_prob(maps)
+    assert (~ours.isfinite()).nonzero().tolist() == [[0, 1, 2], [0, 3, 5]]
+    assert torch.equal(ours[ours.isfinite()], expected[ours.isfinite()])
+
+
+def test_narrow_decoder_runs_whole_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_flow, "select_whole_flow", select_whole_flow)
+    flows = Flows("rotations", features=24, coupling_blocks=2)
+    with guarded() as guard:
+        assert flows.error(flows.maps(1, 3, 5)) < TOLERANCES["ieee"]
+        z, c = flows.rows(7)
+        ours, exact = flows.triton.rows(z, c, want_u=True), flows.exact_rows(z, c)
+    assert {launch.name for launch in guard.launches} == {"whole_flow_kernel"}
+    torch.testing.assert_close(ours.log_prob.double(), exact.log_prob, rtol=1e-5, atol=1e-4)
+
+
+def test_tables_of_few_sizes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_flow, "MAX_TABLES", 2)
+    flows = Flows("hard", features=64, coupling_blocks=1)
+    for width in (1, 2, 3):
+        flows.log_prob(flows.maps(1, 1, width))
+    assert [size[:2] for size in flows.triton._tables] == [(1, 2), (1, 3)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
+def test_every_tile_fits_the_card(capability: tuple[int, int], precision: str) -> None:
+    chip = Chip(capability, 132)
+    size = 2 if precision == "bf16" else 4
+    for rows in (1, 64, 256, 1024, 2048, 8192, 32768):
+        for half in (64, 256, 512, 1024):
+            hidden = 2 * (half + 128)
+            b = select_coupling(rows, hidden, half, precision, chip)
+            held = {(b.block_rows, 2 * b.block_out, b.block_k, b.stages)}
+            for inputs, outputs in ((half, hidden), (2 * half, 2 * half)):
+                a = select_linear(rows, inputs, outputs, precision, chip)
+                held.add((a.block_rows, a.block_out, a.block_k, a.stages))
+                assert (a.split_k - 1) * -(-inputs // a.block_k // a.split_k) * a.block_k < inputs, "no idle split"
+            for block_rows, block_out, block_k, stages in held:
+                assert block_k * size * stages * (block_rows + block_out) <= SHARED_MEMORY[capability] * 1024
+                assert block_rows <= phases.ROW_PADDING
+
+
+def test_few_rows_still_give_every_multiprocessor_work() -> None:
+    """One image's three scales run side by side; alone each keeps half of an H100 busy at least."""
+    for half, rows in ((256, 1024), (512, 256), (1024, 64)):
+        hidden = 2 * (half + 128)
+        a, b = select_linear(rows, half, hidden, "bf16", Chip()), select_coupling(rows, hidden, half, "bf16", Chip())
+        for config, outputs in ((a, hidden), (b, half)):
+            tiles = -(-rows // config.block_rows) * -(-outputs // config.block_out)
+            assert 60 <= tiles * config.split_k <= 200
