@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test test-real lint format bench-cpu parity clean
+.PHONY: demo test test-real lint format bench-cpu aot gpu parity clean
+OTHER_TRITON := 3.6.0
 
 demo: $(READY)
 	$(BIN)/cflow-fast demo --output demo-output
@@ -32,6 +33,18 @@ format: $(READY)
 
 bench-cpu: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only -s --results bench/results
+
+# Every kernel compiled for cards that are not here, by the installed Triton and by an older one, and what to expect.
+aot: $(READY) build/triton-$(OTHER_TRITON)
+	env -u TRITON_INTERPRET $(BIN)/python -m cflow_fast.bench.aot --json bench/results/predicted.json
+	env -u TRITON_INTERPRET PYTHONPATH=build/triton-$(OTHER_TRITON) $(BIN)/python -m cflow_fast.bench.aot --quick --no-predictions
+
+build/triton-$(OTHER_TRITON): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OTHER_TRITON)
+
+# On a machine with an NVIDIA GPU, which may be offline: installs nothing, uses the Python that it is given.
+gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m cflow_fast.bench.gpu
 
 parity: $(READY)
 	$(BIN)/cflow-fast parity

@@ -32,19 +32,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Row]:
-    """measure(case, contenders, against, precision): our row, with the speed-up over that peer in fp32."""
+    """measure(case, contenders, against, precision): our row, with the speed-up over that peer in fp32.
+
+    `beside`: more contenders timed in the same rounds, in our precision.
+    """
     session = request.config.stash[SESSION]
 
-    def run(case: Case, contenders: dict[str, Contender], against: str, precision: str = "fp32") -> Row:
+    def run(
+        case: Case, contenders: dict[str, Contender], against: str, precision: str = "fp32", beside: Sequence[str] = ()
+    ) -> Row:
         if not session.peak_flops:
             session.measure_rates()
         benchmark.group = f"{case.bench}: {case.label}"
         entrants = [Entrant(contenders[OURS], precision), Entrant(contenders[against], "fp32")]
+        entrants += [Entrant(contenders[name], precision) for name in beside]
         before = len(session.rows)
         session.measure(case, entrants, entrants[1], turns=_driven_by(benchmark))
-        ours, theirs = session.rows[before:]
+        ours, theirs, *_ = session.rows[before:]
         if any(row.key == theirs.key for row in session.rows[:before]):
-            session.rows.pop()  # the peer's row is there from another precision of ours
+            session.rows.remove(theirs)  # the peer's row is there from another precision of ours
         if theirs.status == "not installed":
             pytest.skip(f"{against}: {theirs.note}")
         assert (ours.status, theirs.status) == ("ok", "ok"), (ours.note, theirs.note)

@@ -8,16 +8,19 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from cflow_fast import ops
 from cflow_fast.bench import peers
 from cflow_fast.bench.cases import Decoders
-from cflow_fast.bench.contenders import OURS, PLAIN, Built, Contender, module_bytes, registry
+from cflow_fast.bench.contenders import OURS, PLAIN, Built, Contender, UnavailableError, module_bytes, registry
 from cflow_fast.bench.measurement import matmul_precision
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
 from cflow_fast.kernels.capture import GraphCache, side_by_side
-from cflow_fast.kernels.torch_flow import TorchFlow
+from cflow_fast.kernels.products import product_families
+from cflow_fast.kernels.torch_flow import CPU_CHUNK_ROWS, TorchFlow
 from cflow_fast.positional import encoding_factors
 
+FLOOR = "products-alone"
 FOLDED_KEPT = 24
 """Folded decoders that are kept for the next case: folding three takes seconds, and cases differ in size and batch."""
 
@@ -47,6 +50,41 @@ def plain(work: Decoders, precision: str) -> Built:
     return Built(lambda: log_probs(*work.features), lambda features: list(log_probs(*features)), module_bytes(decoders))
 
 
+def products_alone(work: Decoders, precision: str) -> Built:
+    """A floor: only the matrix products of the folded decoders, as PyTorch makes them fastest, nothing between them."""
+    runs: list[Callable[[], object]] = []
+    for decoder, features in zip(work.decoders, work.features, strict=True):
+        folded = _folded(decoder, precision)
+        flow = ops.prepare_flow(folded.weights, folded.arithmetic)
+        if not isinstance(flow, TorchFlow):
+            raise UnavailableError("not available", "the products are parts of kernels here")
+        rows = features[:, 0].numel()
+        for start in range(0, rows, CPU_CHUNK_ROWS):
+            runs += _products(flow, min(CPU_CHUNK_ROWS, rows - start))
+
+    @torch.no_grad()
+    def run() -> None:
+        for product in runs:
+            product()
+
+    return Built(run, None, note="no likelihoods: a floor")
+
+
+def _products(flow: TorchFlow, rows: int) -> list[Callable[[], object]]:
+    """Those of one pass; the last block mixes nothing, and the condition is in tables."""
+    runs: list[Callable[[], object]] = []
+    for name, family in product_families(flow.weights).items():
+        count, _, inputs = family.matrix.shape
+        if name in ("w1_condition", "passive_output"):
+            continue
+        x = torch.randn((rows, inputs) if flow.products.feature_dim else (inputs, rows)).to(flow.operand_dtype)
+        bias = torch.randn((rows, family.matrix.shape[1])).to(flow.operand_dtype) if name == "w1" else None
+        bias = bias if bias is None or flow.products.feature_dim else bias.t().contiguous()
+        for block in range(count - (name == "output")):
+            runs.append(partial(flow.products.product, name, block, x, add=bias))
+    return runs
+
+
 def folded_log_probs(decoders: Sequence[FoldedDecoder]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Feature maps of every scale to their log p / D."""
     return lambda features: _side_by_side(decoders, features)
@@ -74,6 +112,7 @@ def _plain_log_prob(flow: TorchFlow, folded: FoldedDecoder, features: Tensor) ->
 CONTENDERS = registry(
     Contender(OURS, ours),
     Contender(PLAIN, plain),
+    Contender(FLOOR, products_alone),
     Contender("freia", peers.freia, ("FrEIA",)),
     Contender("freia-compile", peers.freia_compile, ("FrEIA",)),
     Contender("cflow-ad-loop", peers.cflow_ad_loop, ("FrEIA",)),

@@ -1,0 +1,230 @@
+"""`make aot`: every kernel and configuration that is shipped, compiled for cards that are not there.
+
+    python -m cflow_fast.bench.aot [--quick] [--json FILE] [--predictions FILE]
+
+Fails on what would make a kernel slow on the card without any error: spills inside a matrix loop, serialized wgmma,
+more shared memory than there is, bf16 products for sm_90 without wgmma unless the tile has too few rows for it. Then
+it prints what the machine code lets expect of the decoders (see `prediction`), and can write both down.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import triton
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cflow_fast.bench.compiled import Compiled, compile_launch
+from cflow_fast.bench.headline import Headline, headlines, tail_launches
+from cflow_fast.bench.prediction import CARDS, Card, Prediction, predict, predict_together
+from cflow_fast.files import write_text
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.launch import Launch
+
+CAPABILITIES = {80: Chip((8, 0), 108), 90: Chip((9, 0), 132)}
+FEWEST_WGMMA_ROWS = 64
+"""A warp group multiplies 64 rows at once; tiles of fewer, for a handful of vectors, use the older instruction."""
+SHAPES = ("IMAGES", "LINES", "COLUMNS", "BLOCKS", "CHANNELS")
+"""Constants of a kernel that change loop bounds and addresses but not what is kept in registers."""
+
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in one configuration, as compiled for one architecture."""
+
+    launch: Launch
+    capability: int
+
+    @property
+    def name(self) -> str:
+        c, options = self.launch.constexprs, self.launch.options
+        tile = " x ".join(str(c[name]) for name in TILE if name in c)
+        extra = [f"split {c['SPLIT_K']}"] if c.get("SPLIT_K", 1) > 1 else []
+        extra += [str(c[name]) for name in ("EPILOGUE",) if name in c]
+        extra += [f"{2 * (c['MAIN'] + c['SIDE'])} places"] if "MAIN" in c else []
+        extra += ["hard"] if c.get("HARD") or c.get("INDEXED") else []
+        warps = f"{options['num_warps']} warps, {options.get('num_stages', 1)} stages"
+        words = [self.launch.kernel.__name__.removesuffix("_kernel"), str(c.get("PRECISION", "")), tile, *extra, warps]
+        return ", ".join(word for word in words if word)
+
+
+TILE = ("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_HIDDEN", "BLOCK_K", "ROWS", "BLOCK_TILES")
+
+
+def compile_key(launch: Launch, capability: int) -> Key:
+    """Launches with one key are the same machine code, but for addresses and bounds."""
+    arguments = tuple(
+        (name, str(value.dtype) if isinstance(value, Tensor) else len(value) if isinstance(value, tuple) else None)
+        for name, value in launch.args.items()
+        if value is None or isinstance(value, (Tensor, tuple))
+    )
+    constants = tuple(sorted((k, str(v)) for k, v in launch.constexprs.items() if k not in SHAPES))
+    return (capability, launch.kernel.__name__, arguments, constants, tuple(sorted(launch.options.items())))
+
+
+def faults(kernel: Kernel, compiled: Compiled) -> list[str]:
+    """What must not ship."""
+    found = compiled.faults(kernel.capability)
+    constants = kernel.launch.constexprs
+    wants_wgmma = kernel.capability == 90 and constants.get("PRECISION") == "bf16" and bool(compiled.loops)
+    if wants_wgmma and not compiled.uses_wgmma and constants["BLOCK_ROWS"] >= FEWEST_WGMMA_ROWS:
+        found.append("bf16 products without wgmma")
+    return found
+
+
+def distinct(lines: Iterable[Headline], capability: int) -> dict[Key, Kernel]:
+    kernels: dict[Key, Kernel] = {}
+    for launch in [launch for line in lines for launch in line.launches(CAPABILITIES[capability])] + tail_launches():
+        kernels.setdefault(compile_key(launch, capability), Kernel(launch, capability))
+    return kernels
+
+
+_work: Sequence[Kernel] = ()
+
+
+def _compile(index: int) -> Compiled | str:
+    kernel = _work[index]
+    try:
+        return compile_launch(kernel.launch, kernel.capability)
+    except Exception as error:  # a compiler may fail in any way; the kernel becomes a fault
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def compile_all(kernels: Sequence[Kernel]) -> Iterator[Compiled | str]:
+    """In order, on all cores; a string is why a kernel could not be compiled."""
+    global _work
+    _work = kernels  # workers are forked: a kernel cannot be pickled, its place in a list can
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        yield from pool.imap(_compile, range(len(kernels)))
+
+
+def predictions(lines: Iterable[Headline], found: dict[Key, Compiled], card: Card) -> Iterator[dict[str, Any]]:
+    """For every set of decoders: each one's launches, and the time of all side by side."""
+    groups: dict[str, list[Headline]] = {}
+    for line in lines:
+        groups.setdefault(line.decoders, []).append(line)
+    for name, group in groups.items():
+        chains = [list(_predicted(line, found, card)) for line in group]
+        if not all(chains):
+            continue
+        seconds = predict_together(chains, card)
+        yield {
+            "decoders": name,
+            "card": card.name,
+            "microseconds": round(1e6 * seconds, 1),
+            "images_per_second": round(group[0].batch / seconds),
+            "each": {str(line.features): _chain(chain) for line, chain in zip(group, chains, strict=True)},
+        }
+
+
+def _predicted(line: Headline, found: dict[Key, Compiled], card: Card) -> Iterator[Prediction]:
+    launches = line.launches(CAPABILITIES[90])
+    keys = [compile_key(launch, 90) for launch in launches]
+    if all(key in found for key in keys):
+        for launch, key in zip(launches, keys, strict=True):
+            yield predict(launch, found[key], card)
+
+
+def _chain(chain: Sequence[Prediction]) -> dict[str, Any]:
+    longest = max(chain, key=lambda p: p.seconds)
+    through_l2 = sum(p.work.units * (p.work.steps * p.work.step_bytes + p.work.unit_bytes) for p in chain)
+    parts = ("matrix_seconds", "issue_seconds", "l2_seconds", "memory_seconds")
+    return {
+        "microseconds": round(1e6 * sum(p.seconds for p in chain), 1),
+        "launches": len(chain),
+        "gflop": round(sum(p.work.flop for p in chain) / 1e9, 2),
+        "l2_megabytes": round(through_l2 / 1e6, 1),
+        "memory_megabytes": round(sum(p.work.memory_bytes for p in chain) / 1e6, 1),
+        **{part.replace("seconds", "microseconds"): _microseconds(chain, part) for part in parts},
+        "longest": {
+            "microseconds": round(1e6 * longest.seconds, 2),
+            "bound": longest.bound,
+            "waves": round(longest.waves, 2),
+            "resident": longest.resident,
+        },
+    }
+
+
+def _microseconds(chain: Sequence[Prediction], part: str) -> float:
+    return round(1e6 * sum(getattr(p, part) for p in chain), 1)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="One image and 32 of 256 px, sm_90 only.")
+@click.option("--no-predictions", is_flag=True, help="Only compile and check.")
+@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there.")
+def main(quick: bool, no_predictions: bool, path: Path | None) -> None:
+    """Compile every shipped kernel for sm_80 and sm_90 and say what its machine code lets expect."""
+    if triton.knobs.runtime.interpret:
+        raise click.UsageError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    lines = list(headlines(sizes=(256,), batches=(1, 32)) if quick else headlines())
+    kernels: dict[Key, Kernel] = {}
+    for capability in (90,) if quick else tuple(CAPABILITIES):
+        kernels |= distinct(lines, capability)
+    found: dict[Key, Compiled] = {}
+    rows, failed = [], 0
+    for (key, kernel), compiled in zip(kernels.items(), compile_all(list(kernels.values())), strict=True):
+        wrong = [compiled] if isinstance(compiled, str) else faults(kernel, compiled)
+        failed += bool(wrong)
+        row: dict[str, Any] = {"kernel": kernel.name, "capability": kernel.capability, "faults": wrong}
+        if isinstance(compiled, Compiled):
+            found[key] = compiled
+            row |= asdict(compiled)
+        rows.append(row)
+    console.print(_kernel_table(rows))
+    expected: list[dict[str, Any]] = []
+    if not no_predictions:
+        expected = [entry for card in CARDS for entry in predictions(lines, found, card)]
+        console.print(_prediction_table(expected))
+    if path:
+        facts = {"triton": triton.__version__, "kernels": rows, "predictions": expected}
+        write_text(path, json.dumps(facts, indent=1) + "\n")
+    console.print(f"triton {triton.__version__}: {len(rows)} kernels, {failed} with faults")
+    sys.exit(1 if failed else 0)
+
+
+def _kernel_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="compiled kernels", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("kernel", overflow="fold")
+    for heading in ("sm", "registers", "KiB", "spills", "in loops", "instructions", "in loops", "hgmma"):
+        table.add_column(heading, justify="right")
+    table.add_column("faults", overflow="fold")
+    for row in rows:
+        loops = row.get("loops", ())
+        numbers: list[object] = ["", "", "", "", "", "", ""]
+        if "registers" in row:
+            numbers = [row["registers"], -(-row["shared"] // 1024), row["spills"], sum(x["spills"] for x in loops)]
+            numbers += [row["instructions"], sum(x["instructions"] for x in loops), sum(x["hgmma"] for x in loops)]
+        table.add_row(row["kernel"], str(row["capability"]), *map(str, numbers), "; ".join(row["faults"]))
+    return table
+
+
+def _prediction_table(entries: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="predicted, not measured", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("decoders")
+    for heading in ("card", "us", "images/s", "us each, bound by"):
+        table.add_column(heading, justify="right")
+    for entry in entries:
+        each = ", ".join(f"{d}: {c['microseconds']:.0f} {c['longest']['bound']}" for d, c in entry["each"].items())
+        table.add_row(
+            entry["decoders"], entry["card"], f"{entry['microseconds']:.0f}", f"{entry['images_per_second']}", each
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

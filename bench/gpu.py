@@ -1,0 +1,258 @@
+"""`make gpu`: everything that only a card can show, in one go, kept in bench/results/<card>/.
+
+    python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 9]
+
+Each step writes its own file as soon as it is done and a failure ends that step alone: the next ones run, and the
+summary names what failed. Nothing but PyTorch, Triton, timm and this package is needed; FrEIA, when it is there, is a
+contender. Kernels are compiled before anything is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from cflow_fast import parity
+from cflow_fast.bench import decoder, end_to_end, maps
+from cflow_fast.bench.cases import DecoderCase, grid, scales_of
+from cflow_fast.bench.contenders import PLAIN, device_precisions
+from cflow_fast.bench.end_to_end import ModelCase
+from cflow_fast.bench.kernel_times import time_kernels
+from cflow_fast.bench.maps import MapCase
+from cflow_fast.bench.measurement import Effort
+from cflow_fast.bench.results import Results, write_results
+from cflow_fast.bench.roofline import measure_roofline
+from cflow_fast.bench.session import Session, line_up
+from cflow_fast.bench.warm import compile_on_all_cores
+from cflow_fast.files import write_text
+
+CARD = torch.device("cuda", 0)
+RESULTS = Path(__file__).parent / "results"
+WIDE = "wide_resnet50_2"
+
+
+@dataclass
+class Suite:
+    """Where results go, and how much time is left for them."""
+
+    folder: Path
+    ends: float  # time.monotonic()
+    facts: dict[str, Any] = field(default_factory=dict)
+    summary: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def run(self, name: str, step: Callable[[Suite], str], least_seconds: float = 5.0) -> None:
+        """A step's own words go into the summary; it is left out when there is no time for it."""
+        if self.seconds_left < least_seconds:
+            self.failed.append(f"{name}: no time was left")
+            return
+        began = time.monotonic()
+        print(f"{name} ...", flush=True)
+        try:
+            words = step(self)
+        except Exception as error:  # whatever goes wrong, the other steps are worth having
+            traceback.print_exc()
+            words = f"failed: {type(error).__name__}: {error}"
+        if words.startswith("failed"):
+            self.failed.append(f"{name}: {words}")
+        self.summary.append(f"## {name}\n\n{words}\n\n*{time.monotonic() - began:.0f} s*\n")
+        self.write("summary.md", "\n".join([f"# {self.facts['card']}\n", *self.summary, *self._failures()]))
+        torch.cuda.empty_cache()
+
+    def write(self, name: str, text: str) -> None:
+        write_text(self.folder / name, text)
+
+    def write_json(self, name: str, content: object) -> None:
+        self.write(name, json.dumps(content, indent=1) + "\n")
+
+    def _failures(self) -> list[str]:
+        return ["## Failed\n", *(f"- {line}" for line in self.failed)] if self.failed else []
+
+
+def card_tests(suite: Suite) -> str:
+    """Capture, streams and threads first; then determinism, formats, parity, whole models."""
+    tests = Path(__file__).parents[1] / "tests" / "test_gpu.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "--maxfail=30", str(tests)]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    limit = max(30.0, min(200.0, suite.seconds_left - 60))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+    suite.write("tests.txt", done.stdout[-60000:] + done.stderr[-5000:])
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output"
+    return last if done.returncode == 0 else f"failed: {last}; see tests.txt"
+
+
+def compiled(suite: Suite) -> str:
+    return compile_on_all_cores(min(180.0, suite.seconds_left - 120))
+
+
+def roofline(suite: Suite) -> str:
+    found = measure_roofline(CARD)
+    suite.facts["roofline"] = asdict(found)
+    suite.write_json("roofline.json", suite.facts)
+    rates = ", ".join(f"{precision} {rate / 1e12:.0f} TFLOP/s" for precision, rate in found.matrix.items())
+    assert found.l2_shared is not None
+    assert found.l2_own is not None
+    reads = f"L2 reads {found.l2_shared / 1e12:.2f} (shared) and {found.l2_own / 1e12:.2f} TB/s (own)"
+    return f"{rates}; copies {found.copy / 1e12:.2f} TB/s; {reads}"
+
+
+def parity_table(suite: Suite) -> str:
+    rows = []
+    for features in parity.SIZES:
+        for permute_soft in (False, True):
+            rows += list(parity.check(parity.random_case(features, permute_soft, device=CARD)))
+    suite.write_json("parity.json", [row.as_dict() for row in rows])
+    wrong = [f"{row.case} {row.precision}: {'; '.join(row.failures)}" for row in rows if not row.passed]
+    return f"failed: {' | '.join(wrong)}" if wrong else f"{len(rows)} comparisons with float64 within their bounds"
+
+
+def kernels(suite: Suite) -> str:
+    """Every launch of the wide decoders alone, beside its prediction and its floors."""
+    rows, table = time_kernels(CARD, suite.facts.get("roofline"), until=suite.ends - 60)
+    suite.write_json("kernels.json", rows)
+    return table
+
+
+def wide_decoders(suite: Suite) -> str:
+    return _decoders(suite, "decoders-256.json", [WIDE], [256], [1, 8, 32])
+
+
+def wide_decoders_512(suite: Suite) -> str:
+    return _decoders(suite, "decoders-512.json", [WIDE], [512], [1, 8])
+
+
+def narrow_decoders(suite: Suite) -> str:
+    return _decoders(suite, "decoders-narrow.json", ["resnet18", "mobilenetv3_large_100"], [256], [1, 32])
+
+
+def _decoders(suite: Suite, name: str, encoders: list[str], sizes: list[int], batches: list[int]) -> str:
+    cases = grid(DecoderCase, encoders, ("soft", "hard"), sizes, batches, CARD)
+    precisions = [p for p in ("fp32", "bf16", "tf32", "tf32x3") if p in device_precisions(CARD)]
+    against = ["freia", PLAIN] if len(encoders) > 1 else ["freia", PLAIN, "freia-compile"]
+    return _measured(suite, name, decoder.CONTENDERS, cases, against, precisions)
+
+
+def anomaly_maps(suite: Suite) -> str:
+    cases = [MapCase(WIDE, scales_of(WIDE), size, batch, device=CARD) for size in (256, 512) for batch in (1, 32)]
+    return _measured(suite, "map.json", maps.CONTENDERS, cases, ["eager"], ["fp32"])
+
+
+def whole_models(suite: Suite) -> str:
+    cases = grid(ModelCase, [WIDE, "resnet18"], ("hard",), [256], [1, 32], CARD)
+    return _measured(suite, "end-to-end.json", end_to_end.CONTENDERS, cases, ["freia"], ["fp32", "bf16"])
+
+
+def _measured(suite: Suite, name: str, contenders: Any, cases: Any, against: list[str], precisions: list[str]) -> str:
+    session = Session("make gpu", CARD, effort=Effort(seconds=2.0))
+    session.peak_flops = dict(suite.facts.get("roofline", {}).get("matrix", {}))
+    entrants, baseline = line_up(contenders, against, precisions)
+    left_out = 0
+    for case in cases:
+        if suite.seconds_left < 20:
+            left_out += 1
+            continue
+        session.measure(case, entrants, baseline)
+        write_results(suite.folder / name, session.results())
+    note = f"\n\n{left_out} cases were left out for want of time." if left_out else ""
+    return _table(session.results()) + note
+
+
+def _table(results: Results) -> str:
+    lines = ["| case | contender | us | images/s | of the matrix rate | over the baseline | |", "|" + " --- |" * 7]
+    for row in results.rows:
+        who = f"{row.contender} {row.precision}"
+        if row.seconds is None:
+            lines.append(f"| {row.case} | {who} | not measured | | | | {row.status}: {row.note} |")
+            continue
+        share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
+        faster = "" if row.speedup is None else f"{row.speedup.median:.2f}x {row.speedup.against}"
+        rate = "" if row.images_per_second is None else f"{row.images_per_second:.0f}"
+        lines.append(
+            f"| {row.case} | {who} | {1e6 * row.seconds.median:.0f} | {rate} | {share} | {faster} | {row.status} |"
+        )
+    return "\n".join(lines)
+
+
+SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+
+
+def memory_check(suite: Suite) -> str:
+    """Small decoders under compute-sanitizer, where it is installed."""
+    tool = next((path for path in SANITIZER if _runs(path)), None)
+    if tool is None:
+        return "not measured: compute-sanitizer is not installed"
+    command = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "cflow_fast.bench.warm",
+        "--small",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=max(20.0, suite.seconds_left - 10))
+    suite.write("sanitizer.txt", (done.stdout + done.stderr)[-20000:])
+    return "no error" if done.returncode == 0 else f"failed: exit code {done.returncode}, see sanitizer.txt"
+
+
+def _runs(tool: str) -> bool:
+    try:
+        return subprocess.run([tool, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
+    ("kernels compiled ahead", compiled),
+    ("roofline", roofline),
+    ("tests on the card", card_tests),
+    ("decoders of WideResNet-50, 256 px", wide_decoders),
+    ("kernels, measured beside predicted", kernels),
+    ("anomaly map", anomaly_maps),
+    ("whole models", whole_models),
+    ("decoders of WideResNet-50, 512 px", wide_decoders_512),
+    ("decoders of ResNet-18 and MobileNetV3-L", narrow_decoders),
+    ("parity", parity_table),
+    ("memory check", memory_check),
+)
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="  [default: bench/results/<card>]")
+@click.option("--minutes", type=click.FloatRange(1), default=8.5, show_default=True, help="For all of it.")
+def main(output: Path | None, minutes: float) -> None:
+    """Check, then measure, on the first CUDA device."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("there is no CUDA device here; `make aot` says what can be said without one")
+    card = torch.cuda.get_device_name(CARD)
+    folder = output or RESULTS / re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    capability = ".".join(map(str, torch.cuda.get_device_capability(CARD)))
+    suite = Suite(folder, time.monotonic() + 60 * minutes)
+    suite.facts = {"card": card, "capability": capability, "torch": torch.__version__, "command": "make gpu"}
+    for name, step in STEPS:
+        suite.run(name, step)
+    print((folder / "summary.md").read_text())
+    sys.exit(1 if suite.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The launches that matter, without a card: every decoder size at the sizes of image and batch that people run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cflow_fast.bench.cases import ENCODERS
+from cflow_fast.bench.specimens import META, specimen_weights
+from cflow_fast.kernels.anomaly_tail import plan_tail
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import select_tail, select_whole_flow
+from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.phase_weights import PhaseWeights
+from cflow_fast.kernels.phases import Phases
+from cflow_fast.kernels.rows import map_rows
+from cflow_fast.kernels.torch_flow import PositionalTables
+from cflow_fast.kernels.whole_flow import map_launch
+from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
+
+PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
+SIZES = (256, 512)
+BATCHES = (1, 8, 32)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One decoder of an encoder at one size of image and batch, in one precision."""
+
+    encoder: str
+    scale: int
+    features: int
+    permutations: str
+    precision: str
+    size: int
+    batch: int
+    activation: str = "relu"
+
+    @property
+    def side(self) -> int:
+        """Height and width of the feature map."""
+        return ENCODERS[self.encoder].sides(self.size)[self.scale]
+
+    @property
+    def decoders(self) -> str:
+        """The decoders that run beside this one have the same name."""
+        return f"{self.encoder}, {self.permutations}, {self.precision}, {self.batch} x {self.size} px"
+
+    def launches(self, chip: Chip) -> list[Launch]:
+        """What runs on such a card, with tensors on the meta device."""
+        storage = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        weights = specimen_weights(self.features, self.permutations == "soft", storage, activation=self.activation)
+        # As encoders give them: channels_last, in bf16 beside bf16 decoders.
+        features = torch.empty(self.batch, self.side, self.side, self.features, dtype=storage, device=META)
+        features = features.permute(0, 3, 1, 2)
+        hidden = weights.hidden
+        tables = PositionalTables(*(_meta(weights.blocks, self.side, hidden, dtype=storage) for _ in range(2)))
+        log_prob = _meta(self.batch, self.side, self.side)
+        config = select_whole_flow(chip.capability, self.features, log_prob.numel(), self.precision)
+        if config is not None:
+            whole = WholeFlowWeights.prepare(weights, self.precision)
+            return [map_launch(features, whole, whole.tables(tables), log_prob, config)]
+        prepared = PhaseWeights.prepare(weights, self.precision)
+        phases = Phases(prepared, log_prob.numel(), chip)
+        positions = prepared.positions(tables)
+        return list(phases.launches(map_rows(features), positions, log_prob.view(-1), _meta(log_prob.numel())))
+
+
+def headlines(
+    encoders: tuple[str, ...] = tuple(ENCODERS),
+    precisions: tuple[str, ...] = PRECISIONS,
+    sizes: tuple[int, ...] = SIZES,
+    batches: tuple[int, ...] = BATCHES,
+) -> Iterator[Headline]:
+    for encoder in encoders:
+        for permutations in ("soft", "hard"):
+            for precision in precisions:
+                for size in sizes:
+                    for batch in batches:
+                        for scale, features in enumerate(ENCODERS[encoder].channels):
+                            yield Headline(encoder, scale, features, permutations, precision, size, batch)
+
+
+def tail_launches(size: int = 256, batches: tuple[int, ...] = BATCHES) -> list[Launch]:
+    """The anomaly map of two, three and eight scales, their maxima given."""
+    launches = []
+    for scales in (2, 3, 8):
+        for batch in batches:
+            sides = [max(1, size // 4 >> scale) for scale in range(1, scales + 1)]
+            maps = [_meta(batch, side, side) for side in sides]
+            config = select_tail(scales, batch, size, size)
+            score = _meta(batch, dtype=torch.int32)
+            launches.append(plan_tail(maps, [0.0] * scales, None, _meta(batch, size, size), score, config))
+    return launches
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)

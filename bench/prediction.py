@@ -1,0 +1,217 @@
+"""How long a kernel should take on a card, counted: what stands in a table until it can be measured.
+
+Every launch is counted from its shapes, its tiles and its machine code:
+
+    matrix   operations of all tiles, padding included, at the card's matrix rate
+    issue    instructions of all warps, four a cycle and multiprocessor
+    L2       bytes that tiles pull and push, at the rate of the L2 cache
+    memory   weights once, and activations where they do not fit the L2 cache
+
+A unit (a tile, or a split of one) takes the longest of its matrix, issue and L2 times in its loop, and its epilogue
+after it: that overlaps with another program's loop only where two programs share a multiprocessor. Units are dealt
+out to multiprocessors in waves, and a launch takes at least what its bytes take from memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cflow_fast.bench.compiled import Compiled
+from cflow_fast.kernels.launch import Launch
+
+WARP_SLOTS, REGISTERS, SHARED_BYTES, RESERVED_SHARED = 64, 65536, 228 * 1024, 1024
+"""Of one multiprocessor of a Hopper card."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates of one card. `not_measured` names those that are a maker's or an assumption."""
+
+    name: str
+    multiprocessors: int
+    hertz: float
+    matrix: dict[str, float]  # FLOP/s by kernel precision
+    memory: float  # bytes/s
+    l2: float  # bytes/s
+    l2_bytes: float
+    launch_seconds: float  # from one kernel of a captured graph to the next
+    not_measured: tuple[str, ...]
+
+
+def _hopper(name: str, bf16: float, memory: float) -> Card:
+    tf32 = bf16 / 2
+    matrix = {"bf16": bf16, "tf32": tf32, "tf32x3": tf32 / 3, "ieee": 132 * 128 * 2 * 1.755e9}
+    return Card(name, 132, 1.755e9, matrix, memory, 5.5e12, 50e6, 1.5e-6, ("l2", "launch_seconds", "tf32", "ieee"))
+
+
+CARDS = (_hopper("H100", 798e12, 3.0e12), _hopper("H200", 790e12, 4.3e12))
+"""bf16 and memory rates were measured on such cards."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch, counted."""
+
+    flop: float  # that the result needs
+    matrix_flop: float  # that the tiles make
+    units: int
+    steps: int  # of a unit's loop
+    step_bytes: float  # through L2, of one step of one unit
+    repeats: int  # of a unit's code outside its loops
+    unit_bytes: float  # through L2, beside the loop
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds that a launch should take, and what bounds it."""
+
+    seconds: float
+    bound: str
+    work: Work
+    resident: int  # programs that share a multiprocessor
+    waves: float
+    matrix_seconds: float
+    issue_seconds: float
+    l2_seconds: float
+    memory_seconds: float
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of all multiprocessors together, were every one of them kept at work."""
+        return max(self.matrix_seconds, self.issue_seconds, self.l2_seconds, self.memory_seconds)
+
+
+def predict(launch: Launch, compiled: Compiled, card: Card, cold_weights: bool = True) -> Prediction:
+    """cold_weights: they come from memory; otherwise they are still in the L2 cache."""
+    work = _COUNTED[launch.kernel.__name__](launch, card, cold_weights)
+    precision = launch.constexprs.get("PRECISION", "ieee")
+    warps = launch.options["num_warps"]
+    resident = residents(compiled, warps)
+    share = 1 / card.multiprocessors  # what one multiprocessor has of a rate
+
+    loop = sum(part.instructions for part in compiled.loops)
+    rate = 4 * card.hertz / warps  # instructions of one program's code a second, alone on a multiprocessor
+    matrix = work.matrix_flop / work.units / (card.matrix[precision] * share)
+    issue = work.steps * loop / rate
+    epilogue = work.repeats * (compiled.instructions - loop) / rate + work.unit_bytes / (card.l2 * share)
+    l2 = work.steps * work.step_bytes / (card.l2 * share)
+    unit = max(matrix, issue, l2) + (0.0 if resident > 1 else epilogue)
+    unit = max(unit, issue + epilogue)
+
+    places = card.multiprocessors * resident
+    waves = work.units / places
+    full = math.ceil(waves) if work.units > card.multiprocessors else 1 / resident
+    memory = work.memory_bytes / card.memory
+    seconds = max(full * resident * unit, memory) + card.launch_seconds
+    parts = {"matrix": matrix, "issue": issue + epilogue, "L2": l2}
+    bound = "memory" if memory >= full * resident * unit else max(parts, key=lambda name: parts[name])
+    whole = work.units / card.multiprocessors
+    return Prediction(
+        seconds, bound, work, resident, waves, whole * matrix, whole * (issue + epilogue), whole * l2, memory
+    )
+
+
+def predict_together(decoders: Sequence[Sequence[Prediction]], card: Card) -> float:
+    """Seconds of several decoders side by side: the longest chain of launches, or all their work on the whole card."""
+    chains = [sum(p.seconds for p in chain) for chain in decoders]
+    resources = ("matrix_seconds", "issue_seconds", "l2_seconds", "memory_seconds")
+    everything = [p for chain in decoders for p in chain]
+    shared = max(sum(getattr(p, name) for p in everything) for name in resources)
+    return max(*chains, shared)
+
+
+def residents(compiled: Compiled, warps: int) -> int:
+    """Programs that fit one multiprocessor by registers, shared memory and warps; at least one is launched."""
+    by_registers = REGISTERS // (math.ceil(compiled.registers / 8) * 8 * 32 * warps)
+    by_shared = SHARED_BYTES // (compiled.shared + RESERVED_SHARED)
+    return max(1, min(by_registers, by_shared, WARP_SLOTS // warps))
+
+
+def _product_work(launch: Launch, card: Card, cold: bool, columns: int, outputs: int) -> Work:
+    """A persistent product: columns of the weight matrix per tile, and in all."""
+    args, c = launch.args, launch.constexprs
+    rows, inputs, splits = args["rows"], args["inputs"], c["SPLIT_K"]
+    tiles = _ceil(rows, c["BLOCK_ROWS"]) * _ceil(outputs, columns)
+    steps = _ceil(_ceil(inputs, c["BLOCK_K"]), splits)
+    operand = args["w_ptr"].element_size()
+    tile_elements = c["BLOCK_ROWS"] * columns
+    stored = tile_elements * operand + (2 * 4 * tile_elements if splits > 1 else 0)
+    activations = rows * (inputs + outputs) * operand
+    memory = (outputs * inputs * operand if cold else 0) + (activations if activations > card.l2_bytes else 0)
+    return Work(
+        flop=2.0 * rows * inputs * outputs,
+        matrix_flop=2.0 * tiles * splits * steps * tile_elements * c["BLOCK_K"],
+        units=tiles * splits,
+        steps=steps,
+        step_bytes=(c["BLOCK_ROWS"] + columns) * c["BLOCK_K"] * operand,
+        repeats=1,
+        unit_bytes=stored,
+        memory_bytes=memory,
+    )
+
+
+def _linear(launch: Launch, card: Card, cold: bool) -> Work:
+    outputs = launch.args["outputs"] + launch.args["v_outputs"]
+    return _product_work(launch, card, cold, launch.constexprs["BLOCK_OUT"], outputs)
+
+
+def _coupling(launch: Launch, card: Card, cold: bool) -> Work:
+    return _product_work(launch, card, cold, 2 * launch.constexprs["BLOCK_OUT"], 2 * launch.args["half"])
+
+
+def _whole_flow(launch: Launch, card: Card, cold: bool) -> Work:
+    args, c = launch.args, launch.constexprs
+    rows = args["images"] * args["height"] * args["width"]
+    half, hidden, blocks = c["MAIN"] + c["SIDE"], c["HIDDEN"], c["BLOCKS"]
+    mixing = 0 if c["HARD"] else c["MATRICES"] * 4 * half * half + (blocks - c["MATRICES"]) * 3 * half * half
+    conditional = blocks * hidden * {"tables": c["ENTRIES"], "rows": c["PADDED_CHANNELS"], "none": 0}[c["CONDITION"]]
+    per_row = blocks * 3 * half * hidden + mixing + conditional
+    features = c["PASSIVE"] + c["ACTIVE"]
+    needed = blocks * hidden * (c["PASSIVE"] + 2 * c["ACTIVE"])
+    (programs,) = launch.grid
+    weights = sum(_bytes(value) for name, value in args.items() if name not in ("features_ptr", "scratch_ptr"))
+    steps = blocks * _ceil(hidden, c["BLOCK_HIDDEN"])
+    own = c["BLOCK_ROWS"] * (features * args["features_ptr"].element_size() + 4)
+    return Work(
+        flop=2.0 * rows * (needed + mixing),
+        matrix_flop=2.0 * programs * c["BLOCK_ROWS"] * per_row,
+        units=programs,
+        steps=steps,
+        step_bytes=weights / steps,
+        repeats=blocks,
+        unit_bytes=own,
+        memory_bytes=programs * own + (weights if cold else 0),
+    )
+
+
+def _streaming(launch: Launch, card: Card, cold: bool) -> Work:
+    """No products: every argument is read or written once."""
+    moved = sum(_bytes(value) for value in launch.args.values())
+    units = math.prod(launch.grid)
+    memory = moved if moved > card.l2_bytes else 0.0
+    return Work(0.0, 0.0, units, steps=1, step_bytes=0.0, repeats=1, unit_bytes=moved / units, memory_bytes=memory)
+
+
+_COUNTED = {
+    "linear_kernel": _linear,
+    "coupling_kernel": _coupling,
+    "whole_flow_kernel": _whole_flow,
+    "reduction_kernel": _streaming,
+    "tail_kernel": _streaming,
+}
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, tuple):
+        return sum(map(_bytes, value))
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

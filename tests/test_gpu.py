@@ -1,0 +1,189 @@
+"""What only a card can show: capture, streams, threads, real kernels. `make gpu` runs this first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from flows import rough_decoder
+from tiny import calibrated_model, read
+from torch import Tensor
+
+from cflow_fast import anomaly_map, parity
+from cflow_fast.decoder import FlowDecoder
+from cflow_fast.folded import FoldedDecoder
+from cflow_fast.kernels.capture import GraphCache, side_by_side
+from cflow_fast.model import CFlowAD
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def decoder(features: int = 64, **options: object) -> FlowDecoder:
+    return rough_decoder(features, 128, coupling_blocks=4, **options).to(CARD)
+
+
+def maps(folded: FlowDecoder | FoldedDecoder, batch: int = 2, side: int = 8, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, folded.features, side, side, generator=generator).to(CARD)
+
+
+def test_a_graph_replays_with_new_values_and_returns_copies() -> None:
+    folded = decoder().fold("fp32")
+    cache = GraphCache(lambda x: (folded.log_prob(x),))
+    inputs = [maps(folded, seed=seed) for seed in range(3)]
+    results = [cache(x)[0] for x in inputs]
+    for x, result in zip(inputs, results, strict=True):
+        assert torch.equal(result, folded.log_prob(x))
+
+
+def test_a_graph_follows_the_callers_stream_and_waits_for_the_last_replay() -> None:
+    folded = decoder(256).fold("fp32")
+    cache = GraphCache(lambda x: (folded.log_prob(x),))
+    x, y = maps(folded, 8, 32, seed=1), maps(folded, 8, 32, seed=2)
+    expected = folded.log_prob(x), folded.log_prob(y)
+    cache(x)
+    streams = [torch.cuda.Stream(CARD) for _ in range(2)]
+    for _ in range(20):
+        found = []
+        for stream, inputs in zip(streams, (x, y), strict=True):
+            stream.wait_stream(torch.cuda.current_stream(CARD))
+            with torch.cuda.stream(stream):
+                found.append(cache(inputs)[0])
+        torch.cuda.synchronize()
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+def test_threads_replay_one_graph_and_get_their_own_results() -> None:
+    folded = decoder().fold("fp32")
+    cache = GraphCache(lambda x: (folded.log_prob(x),))
+    inputs = [maps(folded, seed=seed) for seed in range(4)]
+    expected = [folded.log_prob(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(CARD)):
+            for _ in range(50):
+                if not torch.equal(cache(inputs[i])[0], expected[i]):
+                    wrong.append(i)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_capture_survives_allocations_of_another_thread() -> None:
+    stop = threading.Event()
+
+    def allocate() -> None:
+        while not stop.is_set():
+            torch.empty(1 << 20, device=CARD).zero_()
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    try:
+        for size in range(1, 6):
+            (result,) = GraphCache(lambda x: (2 * x,))(torch.ones(size, device=CARD))
+            assert result.tolist() == [2.0] * size
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_scales_side_by_side_give_what_they_give_in_turn() -> None:
+    decoders = [decoder(features).fold("fp32") for features in (64, 128, 256)]
+    inputs = [maps(folded, 4, side) for folded, side in zip(decoders, (32, 16, 8), strict=True)]
+    expected = [folded.log_prob(x) for folded, x in zip(decoders, inputs, strict=True)]
+    for _ in range(10):
+        calls = [lambda f=f, x=x: f.log_prob(x) for f, x in zip(decoders, inputs, strict=True)]
+        for mine, theirs in zip(side_by_side(calls, CARD), expected, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
+@pytest.mark.parametrize("features", [41, 64, 160, 512])
+def test_likelihoods_are_the_same_bit_by_bit_from_run_to_run(features: int, permute_soft: bool, precision: str) -> None:
+    folded = decoder(features, permute_soft=permute_soft).fold(precision)
+    for batch, side in ((1, 8), (4, 32)):
+        x = maps(folded, batch, side)
+        first = folded.log_prob(x)
+        assert first.isfinite().all()
+        for _ in range(5):
+            assert torch.equal(folded.log_prob(x), first)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [64, 512])
+def test_features_are_read_in_any_format(features: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    folded = decoder(features).fold("fp32")
+    x = maps(folded).to(dtype)
+    expected = folded.log_prob(x.float())
+    torch.testing.assert_close(folded.log_prob(x.contiguous(memory_format=memory_format)), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("features", parity.SIZES)
+@pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
+def test_every_precision_keeps_the_yardstick(features: int, permute_soft: bool) -> None:
+    for row in parity.check(parity.random_case(features, permute_soft, device=CARD)):
+        assert row.passed, (row.precision, row.failures)
+
+
+def test_the_anomaly_map_is_the_cpus() -> None:
+    log_probs = [-torch.rand(2, side, side + 1) for side in (8, 4, 2)]
+    for maxima in ([-0.2, -0.1, 0.0], None):
+        mine = anomaly_map([x.to(CARD) for x in log_probs], (61, 70), maxima)
+        torch.testing.assert_close(mine.cpu(), anomaly_map(log_probs, (61, 70), maxima), rtol=0, atol=2e-6)
+
+
+@pytest.fixture
+def models(good_paths: list[Path], tmp_path: Path) -> tuple[CFlowAD, CFlowAD]:
+    """The same model on the CPU and on the card."""
+    model = calibrated_model(good_paths, encoder_precision="fp32")
+    model.save(tmp_path / "model.safetensors")
+    return model, CFlowAD.load(tmp_path / "model.safetensors", CARD)
+
+
+def test_predictions_are_the_cpus_and_do_not_depend_on_the_batch(
+    models: tuple[CFlowAD, CFlowAD], good_paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the encoder's convolutions are to be fp32
+    on_cpu, on_card = models
+    expected = on_cpu.predict(good_paths)
+    for batch_size in (1, 5, 12, 1):
+        for mine, theirs in zip(on_card.predict(good_paths, batch_size), expected, strict=True):
+            assert mine.score == pytest.approx(theirs.score, abs=2e-3)
+
+
+def test_a_bf16_encoder_in_a_graph_predicts_what_it_predicts_without_one(good_paths: list[Path]) -> None:
+    model = calibrated_model(good_paths).to(CARD)
+    model.precision = model.encoder_precision = "bf16"
+    images = read(good_paths[:3]).to(CARD)
+    for captured, plain in zip(model.log_probs(images), model._log_probs(images), strict=True):
+        torch.testing.assert_close(captured, plain)
+
+
+def test_torch_compile_sees_through_a_folded_decoder() -> None:
+    folded = decoder().fold("fp32")
+    x = maps(folded)
+    compiled = torch.compile(folded.log_prob, fullgraph=True)
+    torch.testing.assert_close(compiled(x), folded.log_prob(x), rtol=0, atol=1e-3)
