@@ -33,6 +33,7 @@ from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 
 CAPABILITIES = {80: Chip((8, 0), 108), 90: Chip((9, 0), 132)}
+QUICK = (("wide_resnet50_2", "resnet18"), ("bf16", "tf32"), (256,), (1, 32))
 FEWEST_WGMMA_ROWS = 64
 """A warp group multiplies 64 rows at once; tiles of fewer, for a handful of vectors, use the older instruction."""
 SHAPES = ("IMAGES", "LINES", "COLUMNS", "BLOCKS", "CHANNELS")
@@ -163,7 +164,7 @@ def _microseconds(chain: Sequence[Prediction], part: str) -> float:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="One image and 32 of 256 px, sm_90 only.")
+@click.option("--quick", is_flag=True, help="WideResNet-50 and ResNet-18, bf16 and tf32, 1 and 32 x 256 px, sm_90.")
 @click.option("--no-predictions", is_flag=True, help="Only compile and check.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there.")
 def main(quick: bool, no_predictions: bool, path: Path | None) -> None:
@@ -171,7 +172,7 @@ def main(quick: bool, no_predictions: bool, path: Path | None) -> None:
     if triton.knobs.runtime.interpret:
         raise click.UsageError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    lines = list(headlines(sizes=(256,), batches=(1, 32)) if quick else headlines())
+    lines = list(headlines(*QUICK) if quick else headlines())
     kernels: dict[Key, Kernel] = {}
     for capability in (90,) if quick else tuple(CAPABILITIES):
         kernels |= distinct(lines, capability)

@@ -24,7 +24,7 @@ from cflow_fast.kernels.launch import Launch
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have; a kernel over the limit compiles without an error."""
-SERIALIZED = re.compile(r"C751[0-9]|wgmma.*serializ", re.IGNORECASE)
+SERIALIZED = re.compile(r"C751[0-8]|wgmma.*serialized", re.IGNORECASE)
 """How ptxas says that it makes the matrix units wait for each other."""
 SPILLS = ("LDL", "STL")
 MATRIX = ("HGMMA", "HMMA", "FFMA")
@@ -103,7 +103,8 @@ def _compile(launch: Launch, capability: int) -> CompiledKernel:
     def specialised(value: Any, path: tuple[int, ...]) -> Any:
         """A value's type, as Triton's launcher specialises: on None, on 1, and on what 16 divides."""
         if isinstance(value, tuple):
-            return tuple(specialised(item, (*path, i)) for i, item in enumerate(value))
+            items = [specialised(item, (*path, i)) for i, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)  # named, or not
         if value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"

@@ -157,8 +157,7 @@ def _product_work(launch: Launch, card: Card, cold: bool, columns: int, outputs:
 
 
 def _linear(launch: Launch, card: Card, cold: bool) -> Work:
-    outputs = launch.args["outputs"] + launch.args["v_outputs"]
-    return _product_work(launch, card, cold, launch.constexprs["BLOCK_OUT"], outputs)
+    return _product_work(launch, card, cold, launch.constexprs["BLOCK_OUT"], launch.args["outputs"])
 
 
 def _coupling(launch: Launch, card: Card, cold: bool) -> Work:
@@ -170,7 +169,8 @@ def _whole_flow(launch: Launch, card: Card, cold: bool) -> Work:
     rows = args["images"] * args["height"] * args["width"]
     half, hidden, blocks = c["MAIN"] + c["SIDE"], c["HIDDEN"], c["BLOCKS"]
     mixing = 0 if c["HARD"] else c["MATRICES"] * 4 * half * half + (blocks - c["MATRICES"]) * 3 * half * half
-    conditional = blocks * hidden * {"tables": c["ENTRIES"], "rows": c["PADDED_CHANNELS"], "none": 0}[c["CONDITION"]]
+    selected = {"tables": c["ENTRIES"], "rows": c["CHANNELS"], "none": 0}[c["CONDITION"]]
+    conditional = blocks * hidden * selected
     per_row = blocks * 3 * half * hidden + mixing + conditional
     features = c["PASSIVE"] + c["ACTIVE"]
     needed = blocks * hidden * (c["PASSIVE"] + 2 * c["ACTIVE"])

@@ -12,8 +12,12 @@ condition is never concatenated, no permutation's inverse is kept, the last perm
 Where to read on:
     weights       what a folded decoder consists of, with shapes
     flow          the loop over the blocks in plain PyTorch: what everything else must agree with
-    products      how the matrix products are made: feature-major, or row-major on weights packed by oneDNN
-    torch_flow    from feature maps to log-likelihoods: layout, positional tables, chunks of rows
-    anomaly_map   the tail: exp, upsample, sum over scales
+    products, torch_flow      its products on a CPU; from feature maps to log-likelihoods
+    triton_flow   the same calls on a GPU: a narrow decoder whole, a wide one in phases
+    whole_flow    all blocks in one launch, the state in registers        (_kernel, _halves, _mixing, _weights)
+    phases        a few launches per block: linear (A, C) and coupling (B), with state, rows and tiles beside them
+    anomaly_map, anomaly_tail  exp, upsample, sum over scales, score: in PyTorch, in one launch
+    configs       every tile shape, and how one is chosen; lang: what kernels are written in; chip: the card
+    registration  the operations as PyTorch knows them; capture: streams and CUDA graphs
 A module here knows tensors, shapes and strides; nothing of encoders, modules or files.
 """

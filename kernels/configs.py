@@ -201,7 +201,7 @@ _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
     },
     "tf32": {
         32: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
-        64: (WholeFlowConfig(64, 32, 4, 2, own_condition=False), WholeFlowConfig(32, 32, 4, 2)),
+        64: (WholeFlowConfig(64, 16, 4, 2, own_condition=False), WholeFlowConfig(32, 32, 4, 2)),
         96: (WholeFlowConfig(64, 32, 4, 2, own_condition=False),),
     },
     "tf32x3": {

@@ -58,7 +58,7 @@ class TritonFlow:
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
         """As TorchFlow.rows: loose feature vectors (N, D) with a condition (N, C) each; u as (N, D) float32."""
         with _current(z.device):
-            config = self._whole_config(len(z))
+            config = self._whole_config(len(z), own_condition=condition is not None)
             if config is not None:
                 return whole_flow_rows(z, condition, self.whole, want_u, config)
             log_prob, log_det = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(2))
@@ -79,8 +79,9 @@ class TritonFlow:
     def prepared(self) -> PhaseWeights:
         return PhaseWeights.prepare(self.weights, self.precision)
 
-    def _whole_config(self, rows: int) -> WholeFlowConfig | None:
-        return select_whole_flow(self.chip.capability, self.weights.features, rows, self.precision)
+    def _whole_config(self, rows: int, own_condition: bool = False) -> WholeFlowConfig | None:
+        features = self.weights.features
+        return select_whole_flow(self.chip.capability, features, rows, self.precision, own_condition)
 
     def _phases(
         self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
