@@ -35,9 +35,12 @@ bench-cpu: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only -s --results bench/results
 
 # Every kernel compiled for cards that are not here, by the installed Triton and by an older one, and what to expect.
+# AOT=--quick: only the usual ones.
 aot: $(READY) build/triton-$(OTHER_TRITON)
-	env -u TRITON_INTERPRET $(BIN)/python -m cflow_fast.bench.aot --json bench/results/predicted.json
-	env -u TRITON_INTERPRET PYTHONPATH=build/triton-$(OTHER_TRITON) $(BIN)/python -m cflow_fast.bench.aot --quick --no-predictions
+	env -u TRITON_INTERPRET $(BIN)/python -m cflow_fast.bench.aot $(AOT) --json build/kernels.json \
+	    --predictions $(if $(AOT),build,bench/results)/predicted.json
+	env -u TRITON_INTERPRET PYTHONPATH=build/triton-$(OTHER_TRITON) \
+	    $(BIN)/python -m cflow_fast.bench.aot $(AOT) --no-predictions
 
 build/triton-$(OTHER_TRITON): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OTHER_TRITON)

@@ -1,6 +1,6 @@
 """`make aot`: every kernel and configuration that is shipped, compiled for cards that are not there.
 
-    python -m cflow_fast.bench.aot [--quick] [--json FILE] [--predictions FILE]
+    python -m cflow_fast.bench.aot [--quick] [--json FILE] [--predictions FILE]   (without TRITON_INTERPRET)
 
 Fails on what would make a kernel slow on the card without any error: spills inside a matrix loop, serialized wgmma,
 more shared memory than there is, bf16 products for sm_90 without wgmma unless the tile has too few rows for it. Then
@@ -112,7 +112,7 @@ def compile_all(kernels: Sequence[Kernel]) -> Iterator[Compiled | str]:
         yield from pool.imap(_compile, range(len(kernels)))
 
 
-def predictions(lines: Iterable[Headline], found: dict[Key, Compiled], card: Card) -> Iterator[dict[str, Any]]:
+def predicted(lines: Iterable[Headline], found: dict[Key, Compiled], card: Card) -> Iterator[dict[str, Any]]:
     """For every set of decoders: each one's launches, and the time of all side by side."""
     groups: dict[str, list[Headline]] = {}
     for line in lines:
@@ -166,8 +166,9 @@ def _microseconds(chain: Sequence[Prediction], part: str) -> float:
 @click.command()
 @click.option("--quick", is_flag=True, help="WideResNet-50 and ResNet-18, bf16 and tf32, 1 and 32 x 256 px, sm_90.")
 @click.option("--no-predictions", is_flag=True, help="Only compile and check.")
-@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there.")
-def main(quick: bool, no_predictions: bool, path: Path | None) -> None:
+@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the kernels there.")
+@click.option("--predictions", type=click.Path(path_type=Path, dir_okay=False), help="Write the predictions there.")
+def main(quick: bool, no_predictions: bool, path: Path | None, predictions: Path | None) -> None:
     """Compile every shipped kernel for sm_80 and sm_90 and say what its machine code lets expect."""
     if triton.knobs.runtime.interpret:
         raise click.UsageError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
@@ -189,11 +190,13 @@ def main(quick: bool, no_predictions: bool, path: Path | None) -> None:
     console.print(_kernel_table(rows))
     expected: list[dict[str, Any]] = []
     if not no_predictions:
-        expected = [entry for card in CARDS for entry in predictions(lines, found, card)]
+        expected = [entry for card in CARDS for entry in predicted(lines, found, card)]
         console.print(_prediction_table(expected))
     if path:
-        facts = {"triton": triton.__version__, "kernels": rows, "predictions": expected}
-        write_text(path, json.dumps(facts, indent=1) + "\n")
+        write_text(path, json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    if predictions:
+        facts = {"triton": triton.__version__, "measured": False, "command": "make aot", "decoders": expected}
+        write_text(predictions, json.dumps(facts, indent=1) + "\n")
     console.print(f"triton {triton.__version__}: {len(rows)} kernels, {failed} with faults")
     sys.exit(1 if failed else 0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cflow_fast import ops
 from cflow_fast.bench import peers
 from cflow_fast.bench.cases import Decoders
-from cflow_fast.bench.contenders import OURS, PLAIN, Built, Contender, UnavailableError, module_bytes, registry
+from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, Built, Contender, UnavailableError, module_bytes, registry
 from cflow_fast.bench.measurement import matmul_precision
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
@@ -20,7 +20,6 @@ from cflow_fast.kernels.products import product_families
 from cflow_fast.kernels.torch_flow import CPU_CHUNK_ROWS, TorchFlow
 from cflow_fast.positional import encoding_factors
 
-FLOOR = "products-alone"
 FOLDED_KEPT = 24
 """Folded decoders that are kept for the next case: folding three takes seconds, and cases differ in size and batch."""
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cflow_fast.bench.cases import ENCODERS, DecoderCase
-from cflow_fast.bench.decoder import CONTENDERS, FLOOR
+from cflow_fast.bench.contenders import FLOOR
+from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.results import Row
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.precision import cpu_has, multiplies_bf16

@@ -32,7 +32,7 @@ def accelerate(module: nn.Module, precision: str = "auto", inplace: bool = False
 
     Args:
         module: FrEIA's SequenceINN or a module with some inside (anomalib's CflowModel, a ModuleList, ...).
-        precision: "auto", "fp32", "tf32" or "bf16", as FlowDecoder.fold takes it.
+        precision: as FlowDecoder.fold takes it.
         inplace: replace within `module` instead of in a copy.
 
     The result has an attribute `acceleration` (printable) that says what was replaced and what was left and why; what

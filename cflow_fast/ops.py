@@ -65,7 +65,8 @@ def anomaly_map(log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequ
     chosen = backend(log_probs[0].device)
     if any(log_prob.dtype != torch.float32 for log_prob in log_probs):
         chosen = "torch"
-    if torch.is_grad_enabled() and any(log_prob.requires_grad for log_prob in log_probs):
+    wants_gradients = torch.is_grad_enabled() and any(log_prob.requires_grad for log_prob in log_probs)
+    if wants_gradients or (chosen == "torch" and not torch.compiler.is_compiling()):
         return _torch_anomaly_map(log_probs, size, maxima)[0]
     return registration.anomaly_map(log_probs, size, maxima, chosen)[0]
 

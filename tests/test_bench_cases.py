@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from cflow_fast.bench import end_to_end, maps, peers, training
 from cflow_fast.bench.cases import ENCODERS, DecoderCase, Scales, decoder_flop, grid, scales_of
-from cflow_fast.bench.contenders import OURS, is_installed
+from cflow_fast.bench.contenders import FLOOR, OURS, is_installed
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.maps import MapCase, MapWork
 from cflow_fast.encoders import Encoder
 from cflow_fast.errors import EncoderError
+from cflow_fast.kernels.products import MatmulProducts, OneDnnProducts
 
 CASE = DecoderCase("tiny", Scales((16, 24), (8, 16)), 136, 2, "soft", coupling_blocks=2, condition=8)
-EAGER = [name for name in CONTENDERS if name not in (OURS, "freia-compile")]
+EAGER = [name for name in CONTENDERS if name not in (OURS, FLOOR, "freia-compile")]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -75,6 +77,30 @@ def test_peer_computes_the_likelihoods_that_it_is_timed_for(name: str) -> None:
     judged = CASE.yardstick(work).judge(name, "fp32", built)  # type: ignore[union-attr]
     assert judged is not None
     assert judged.parity, judged.failures
+
+
+@pytest.mark.parametrize("permutations", ["soft", "hard"])
+def test_the_floor_makes_every_product_of_the_flow_once_and_no_likelihood(
+    permutations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(CASE, permutations=permutations)
+    work = case.work()
+    made: list[tuple[str, int]] = []
+    for kind in (MatmulProducts, OneDnnProducts):
+        product = kind.product
+
+        def counted(self: Any, name: str, block: int, *args: Any, product: Any = product, **options: Any) -> Any:
+            made.append((name, block))
+            return product(self, name, block, *args, **options)
+
+        monkeypatch.setattr(kind, "product", counted)
+    floor = CONTENDERS[FLOOR].build(work, "fp32")
+    assert floor.log_probs is None
+    floor.run()
+    alone = sorted(made)
+    made.clear()
+    CONTENDERS[OURS].build(work, "fp32").run()
+    assert alone == sorted(made)
 
 
 @pytest.mark.parametrize("name", ["cflow-ad-loop", "cflow-ad-loop-lists"])

@@ -99,7 +99,7 @@ def test_a_peer_that_is_not_installed_is_a_line_that_says_so(package: str, monke
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        (("decoder", "--against", "glow"), "'glow' is none of cflow-fast, freia, freia-compile"),
+        (("decoder", "--against", "glow"), "'glow' is none of cflow-fast, cflow-fast-plain"),
         (("map", "--against", "padim"), "'padim' is none of"),
         (("decoder", "--size", "0"), "'0' is no whole number above 0"),
         (("decoder", "--size", "-4"), "'-4' is no whole number above 0"),
@@ -109,7 +109,7 @@ def test_a_peer_that_is_not_installed_is_a_line_that_says_so(package: str, monke
         (("decoder", "--batch", "1,x"), "'x' is no whole number above 0"),
         (("decoder", "--batch", ","), "give at least one number"),
         (("decoder", "--batch", "1.5"), "'1.5' is no whole number above 0"),
-        (("decoder", "--precision", "fp8"), "'fp8' is none of fp32, tf32, bf16"),
+        (("decoder", "--precision", "fp8"), "'fp8' is none of fp32, tf32x3, tf32, bf16"),
         (("decoder", "--permutations", "none"), "'none' is none of soft, hard"),
         (("decoder", "--seconds", "0"), "0.0 is not in the range"),
         (("decoder", "--device", "tpu"), "'tpu' cannot be used here"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cflow_fast.bench.contenders import FLOOR
 from cflow_fast.bench.report import words
 from cflow_fast.bench.report.comparisons import OURS, Comparison, comparisons
 from cflow_fast.bench.report.data import Measured, grouped, positive
@@ -38,7 +39,7 @@ def claims(rows: Sequence[Measured]) -> list[Claim]:
     """The decoders' first, as the benchmarks are ordered."""
     groups: dict[tuple[str, str, str], list[Comparison]] = {}
     for c in comparisons(m for m in rows if _is_sound(m) and m.row.contender == OURS):
-        if c.against != OURS:
+        if c.against not in (OURS, FLOOR):
             groups.setdefault((c.m.row.bench, c.against, c.m.place), []).append(c)
     return sorted((Claim(*key, found) for key, found in groups.items()), key=lambda claim: TIMED.index(claim.bench))
 
