@@ -34,6 +34,8 @@ from cflow_fast.kernels.launch import Launch
 
 CAPABILITIES = {80: Chip((8, 0), 108), 90: Chip((9, 0), 132)}
 QUICK = (("wide_resnet50_2", "resnet18"), ("bf16", "tf32"), (256,), (1, 32))
+LONGEST_COMPILATION = 300.0
+"""Seconds; a compiler that hangs must not hold up the rest for ever."""
 FEWEST_WGMMA_ROWS = 64
 """A warp group multiplies 64 rows at once; tiles of fewer, for a handful of vectors, use the older instruction."""
 SHAPES = ("IMAGES", "LINES", "COLUMNS", "BLOCKS", "CHANNELS")
@@ -109,7 +111,9 @@ def compile_all(kernels: Sequence[Kernel]) -> Iterator[Compiled | str]:
     global _work
     _work = kernels  # workers are forked: a kernel cannot be pickled, its place in a list can
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        yield from pool.imap(_compile, range(len(kernels)))
+        results = pool.imap(_compile, range(len(kernels)))
+        for _ in kernels:
+            yield results.next(timeout=LONGEST_COMPILATION)
 
 
 def predicted(lines: Iterable[Headline], found: dict[Key, Compiled], card: Card) -> Iterator[dict[str, Any]]:

@@ -175,7 +175,7 @@ def decoder_flop(features: int, rows: int, blocks: int, condition: int, permute_
     return total + (2.0 * rows * (blocks - 1) * features**2 if permute_soft else 0.0)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _decoders(
     channels: Sequence[int], condition: int, blocks: int, permute_soft: bool, seed: int, device: str
 ) -> list[FlowDecoder]:

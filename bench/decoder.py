@@ -91,6 +91,8 @@ def folded_log_probs(decoders: Sequence[FoldedDecoder]) -> Callable[[Sequence[Te
 
 @lru_cache(FOLDED_KEPT)
 def _folded(decoder: FlowDecoder, precision: str) -> FoldedDecoder:
+    if precision in ("tf32", "tf32x3") and decoder.device.type == "cuda":  # they differ in how fp32 is multiplied
+        return FoldedDecoder(_folded(decoder, "fp32").weights, precision)
     return decoder.fold(precision)
 
 

@@ -38,6 +38,7 @@ class Headline:
     size: int
     batch: int
     activation: str = "relu"
+    channels_last: bool = True  # as encoders give their maps, in bf16 beside bf16 decoders; else (B, D, H, W) in fp32
 
     @property
     def side(self) -> int:
@@ -53,13 +54,14 @@ class Headline:
         """What runs on such a card, with tensors on the meta device."""
         storage = torch.bfloat16 if self.precision == "bf16" else torch.float32
         weights = specimen_weights(self.features, self.permutations == "soft", storage, activation=self.activation)
-        # As encoders give them: channels_last, in bf16 beside bf16 decoders.
-        features = torch.empty(self.batch, self.side, self.side, self.features, dtype=storage, device=META)
-        features = features.permute(0, 3, 1, 2)
+        features = _meta(self.batch, self.features, self.side, self.side)
+        if self.channels_last:
+            features = features.to(storage).contiguous(memory_format=torch.channels_last)
         hidden = weights.hidden
         tables = PositionalTables(*(_meta(weights.blocks, self.side, hidden, dtype=storage) for _ in range(2)))
         log_prob = _meta(self.batch, self.side, self.side)
-        config = select_whole_flow(chip.capability, self.features, log_prob.numel(), self.precision)
+        hard = self.permutations == "hard"
+        config = select_whole_flow(chip.capability, self.features, log_prob.numel(), self.precision, hard=hard)
         if config is not None:
             whole = WholeFlowWeights.prepare(weights, self.precision)
             return [map_launch(features, whole, whole.tables(tables), log_prob, config)]

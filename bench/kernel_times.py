@@ -39,8 +39,10 @@ def time_kernels(
     card = _card(torch.cuda.get_device_name(device), roofline)
     lines = list(headlines(("wide_resnet50_2",), ("bf16", "tf32", "ieee"), (256,), (1, 32)))
     timed = list(_timed(lines, device, until))
-    compiled = compile_all([Kernel(each.launch, CAPABILITY) for each in timed])
-    rows = [_row(each, code, card) for each, code in zip(timed, compiled, strict=True)]
+    keys = [compile_key(each.launch, CAPABILITY) for each in timed]
+    distinct = {key: Kernel(each.launch, CAPABILITY) for key, each in zip(keys, timed, strict=True)}
+    compiled = dict(zip(distinct, compile_all(list(distinct.values())), strict=True))
+    rows = [_row(each, compiled[key], card) for each, key in zip(timed, keys, strict=True)]
     return rows, _table(rows)
 
 
@@ -88,17 +90,20 @@ def _numbers(launch: Launch) -> tuple[object, ...]:
 
 
 def on_device(launch: Launch, device: torch.device) -> Launch:
-    """The same launch with memory behind its meta tensors: small random values, zeros where integers count or index."""
+    """The same launch with memory behind its meta tensors: small random values, permutations, counters at zero."""
 
-    def real(value: Any) -> Any:
+    def real(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return _memory(value, device)
+        memory = _memory(value, device)
+        if "index" in name:  # every feature once, as a permutation has it
+            memory.copy_(torch.randperm(value.numel(), device=device).view_as(memory))
+        return memory
 
     return Launch(
         launch.kernel,
         launch.grid,
-        {name: real(value) for name, value in launch.args.items()},
+        {name: real(name, value) for name, value in launch.args.items()},
         launch.constexprs,
         launch.options,
     )

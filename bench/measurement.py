@@ -223,14 +223,17 @@ def matrix_rate(precision: str, device: torch.device, rounds: int = 7) -> float:
 
 
 class matmul_precision:  # noqa: N801  a context manager, named as torch names its own
-    """Within it float32 products on a GPU are made in tf32, or in full float32 for any other precision."""
+    """Within it float32 products and convolutions on a GPU are made in tf32, or in full float32 for any other
+    precision."""
 
     def __init__(self, precision: str) -> None:
         self.wanted = "high" if precision == "tf32" else "highest"
 
     def __enter__(self) -> None:
-        self.previous = torch.get_float32_matmul_precision()
+        self.previous = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision(self.wanted)
+        torch.backends.cudnn.allow_tf32 = self.wanted == "high"
 
     def __exit__(self, *error: object) -> None:
-        torch.set_float32_matmul_precision(self.previous)
+        precision, torch.backends.cudnn.allow_tf32 = self.previous
+        torch.set_float32_matmul_precision(precision)

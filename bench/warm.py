@@ -1,6 +1,6 @@
 """Compile kernels before they are timed, on all cores; run small ones for a memory checker.
 
-    python -m cflow_fast.bench.warm SHARE OF     compile every OF-th headline launch, from the SHARE-th on
+    python -m cflow_fast.bench.warm SHARE OF     compile every OF-th kernel of the suite, from the SHARE-th on
     python -m cflow_fast.bench.warm --small      run small decoders of every kind once
 
 Every process asks Triton itself for the binary, by the launch it will make, and Triton keeps it on disk.
@@ -12,12 +12,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cflow_fast.bench.aot import compile_key
 from cflow_fast.bench.headline import headlines
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.kernels.chip import Chip
@@ -31,46 +32,72 @@ def compile_on_all_cores(seconds: float) -> str:
     count = min(MOST_PROCESSES, os.cpu_count() or 1)
     commands = [[sys.executable, "-m", "cflow_fast.bench.warm", str(i), str(count)] for i in range(count)]
     ends = time.monotonic() + seconds
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
     kernels, stopped, wrong = 0, 0, []
     for process in running:
         try:
-            output, _ = process.communicate(timeout=max(1.0, ends - time.monotonic()))
+            output, errors = process.communicate(timeout=max(1.0, ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             stopped += 1
             continue
-        last = output.strip().splitlines()[-1] if output.strip() else "no output"
         if process.returncode:
-            wrong.append(last)
-        else:
-            kernels += int(last)
+            wrong.append((errors.strip().splitlines() or ["no output"])[-1])
+            continue
+        done, *failures = output.strip().splitlines()
+        kernels += int(done)
+        wrong += failures
     words = f"{kernels} kernels in {count} processes"
     words += f"; {stopped} processes did not finish in {seconds:.0f} s" if stopped else ""
-    return f"failed: {wrong[0]} ({len(wrong)} processes)" if wrong else words
+    return f"failed: {len(wrong)} of them, the first: {wrong[0]}; {words}" if wrong else words
 
 
-def compile_share(share: int, of: int) -> int:
+def compile_share(share: int, of: int) -> Iterator[str]:
+    """How many kernels were compiled, then a line for each that could not be."""
     chip = Chip.of(torch.device("cuda", 0))
-    seen, done = set(), 0
-    for line in headlines():
-        for launch in line.launches(chip):
-            key = compile_key(launch, 10 * chip.capability[0] + chip.capability[1])
-            if key in seen:
-                continue
-            seen.add(key)
-            if len(seen) % of == share:
-                _compile(launch)
-                done += 1
-    return done
+    distinct = {_binary_key(launch): launch for launch in _measured_launches(chip)}
+    mine = list(distinct.values())[share::of]
+    failures = list(filter(None, map(_compile, mine)))
+    yield str(len(mine) - len(failures))
+    yield from failures
 
 
-def _compile(launch: Launch) -> None:
-    """As the launch would, with dtypes in the place of tensors."""
+def _measured_launches(chip: Chip) -> Iterator[Launch]:
+    """What the suite is going to launch: features in fp32 as the benchmark's cases have them, and as encoders give."""
+    wide, narrow = ("wide_resnet50_2",), ("resnet18", "mobilenetv3_large_100")
+    for encoders, size, batches in ((wide, 256, (1, 8, 32)), (narrow, 256, (1, 32)), (wide, 512, (1, 8))):
+        for line in headlines(encoders, sizes=(size,), batches=batches):
+            yield from replace(line, channels_last=False).launches(chip)
+            if size == 256:
+                yield from line.launches(chip)
+
+
+def _binary_key(launch: Launch) -> object:
+    """Launches with one key are one binary: Triton specialises on dtypes, on 1, on what 16 divides, on the width."""
+
+    def kind(value: Any) -> object:
+        if isinstance(value, Tensor):
+            return str(value.dtype)
+        if isinstance(value, int) and value != 1:
+            return value % 16 == 0, abs(value) >= 2**31
+        return value if value in (None, 1) else type(value).__name__
+
+    options = tuple(sorted(launch.options.items()))
+    arguments = tuple(kind(value) for value in launch.args.values())
+    return launch.kernel.__name__, arguments, tuple(launch.constexprs.items()), options
+
+
+def _compile(launch: Launch) -> str:
+    """As the launch would, with dtypes in the place of tensors; why it failed, or nothing."""
     arguments: list[Any] = [launch.args[name] for name in launch.kernel.arg_names if name in launch.args]
     dtypes = [value.dtype if isinstance(value, Tensor) else value for value in arguments]
-    launch.kernel.warmup(*dtypes, grid=launch.grid, **launch.constexprs, **launch.options)
+    try:
+        kernel = launch.kernel.warmup(*dtypes, grid=launch.grid, **launch.constexprs, **launch.options)
+        kernel._init_handles()  # the launcher too is built and kept, and the card is asked whether it takes the binary
+    except Exception as error:  # a compiler may fail in any way; the others are worth having
+        return f"{launch.kernel.__name__}: {type(error).__name__}: {str(error).splitlines()[:1]}"
+    return ""
 
 
 def run_small() -> None:
@@ -90,4 +117,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--small"]:
         run_small()
     else:
-        print(compile_share(int(sys.argv[1]), int(sys.argv[2])))
+        print(*compile_share(int(sys.argv[1]), int(sys.argv[2])), sep="\n")

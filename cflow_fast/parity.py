@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from cflow_fast import ops
 from cflow_fast.decoder import CLAMPS, FlowDecoder, gaussian_log_prob
+from cflow_fast.folded import FoldedDecoder
 from cflow_fast.positional import positional_encoding
-from cflow_fast.precision import multiplies_bf16
+from cflow_fast.precision import arithmetic, multiplies_bf16
 
 SIZES = (64, 112, 160, 512, 1024, 2048, 41)
 """Feature counts of the usual encoders' scales, and an odd one."""
@@ -90,12 +91,16 @@ def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
     exact = log_prob_per_dimension(copy.deepcopy(case.decoder).double(), case)
     reference_name, reference = reference_decoder(case.decoder)
     theirs: dict[str, Error] = {}
+    folds: dict[torch.dtype, FoldedDecoder] = {}  # precisions that store the same weights share a fold
     for precision in wanted or precisions(case.device):
         kind = yardstick_of(precision, case.device)
         if kind not in theirs:
             with arithmetic_of(kind, case.device):
                 theirs[kind] = measure(log_prob_per_dimension(reference, case), exact)
-        folded = case.decoder.fold(precision)
+        storage = arithmetic(precision, case.device).storage
+        if storage not in folds:
+            folds[storage] = case.decoder.fold(precision)
+        folded = FoldedDecoder(folds[storage].weights, precision)
         ours = measure(folded.log_prob(case.features) / case.decoder.features, exact)
         found = failures(kind, ours, theirs[kind])
         yield Row(case.name, ops.backend(case.device), precision, ours, reference_name, theirs[kind], found)

@@ -139,10 +139,10 @@ def _layout(tensors: tuple[Tensor, ...]) -> Key:
     return tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)
 
 
-_stream_pool: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+_stream_pool: dict[tuple[torch.device, int, int], torch.cuda.Stream] = {}
 
 
 def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    """The same few streams for every caller: what two threads queue on one of them only waits, it is never wrong."""
-    keys = [(device, i) for i in range(count)]
+    """The same few streams for all calls of a thread; one thread's capture must not record another's work."""
+    keys = [(device, i, threading.get_ident()) for i in range(count)]
     return [_stream_pool.setdefault(key, torch.cuda.Stream(device)) for key in keys]

@@ -162,7 +162,8 @@ def _programs(tile: Tile) -> int:
 class WholeFlowConfig:
     """Of kernels/whole_flow.py: rows a program carries through all blocks, hidden units it makes at a time.
 
-    own_condition: whether the registers also hold what loose rows with a condition each need.
+    own_condition: whether the registers also hold what loose rows with a condition each need; hard: whether they do
+    with hard permutations, whatever Triton compiles them.
     """
 
     block_rows: int
@@ -170,6 +171,7 @@ class WholeFlowConfig:
     warps: int
     stages: int
     own_condition: bool = True
+    hard: bool = True
 
 
 ENOUGH_PROGRAMS = 96
@@ -188,7 +190,8 @@ _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
     "bf16": {
         32: (WholeFlowConfig(128, 64, 4, 2), WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 64, 4, 2)),
         64: (
-            WholeFlowConfig(128, 32, 4, 2, own_condition=False),
+            WholeFlowConfig(128, 32, 4, 2, own_condition=False, hard=False),
+            WholeFlowConfig(128, 32, 8, 2, own_condition=False),
             WholeFlowConfig(64, 32, 4, 2),
             WholeFlowConfig(16, 64, 4, 2),
         ),
@@ -224,12 +227,17 @@ _WHOLE_FLOW_AMPERE: dict[str, _WholeFlowTiles] = {
 
 
 def select_whole_flow(
-    capability: tuple[int, int], features: int, rows: int, precision: str, own_condition: bool = False
+    capability: tuple[int, int],
+    features: int,
+    rows: int,
+    precision: str,
+    own_condition: bool = False,
+    hard: bool = False,
 ) -> WholeFlowConfig | None:
     """The tallest tile that gives most multiprocessors a program; None where the state does not fit the registers."""
     half = features - features // 2
     tiles = (_WHOLE_FLOW_HOPPER if capability[0] == 9 else _WHOLE_FLOW_AMPERE)[precision]
     widest = min((width for width in tiles if width >= half), default=0)
-    configs = [c for c in tiles.get(widest, ()) if c.own_condition or not own_condition]
+    configs = [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and (c.hard or not hard)]
     fewest = configs[-1] if configs else None
     return next((c for c in configs if rows >= ENOUGH_PROGRAMS * c.block_rows), fewest)

@@ -21,7 +21,7 @@ from cflow_fast.kernels.phase_weights import PhaseWeights, operand_dtype
 from cflow_fast.kernels.phases import HiddenBias, Phases
 from cflow_fast.kernels.rows import Rows, loose_rows, map_rows
 from cflow_fast.kernels.torch_flow import MAX_TABLES, PositionalTables, positional_tables
-from cflow_fast.kernels.weights import FlowWeights
+from cflow_fast.kernels.weights import FlowWeights, HardMixing
 from cflow_fast.kernels.whole_flow import whole_flow_map, whole_flow_rows
 from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
 
@@ -73,15 +73,20 @@ class TritonFlow:
 
     @cached_property
     def whole(self) -> WholeFlowWeights:
-        return WholeFlowWeights.prepare(self.weights, self.precision)
+        prepared = WholeFlowWeights.prepare(self.weights, self.precision)
+        _finish(self.weights.device)
+        return prepared
 
     @cached_property
     def prepared(self) -> PhaseWeights:
-        return PhaseWeights.prepare(self.weights, self.precision)
+        prepared = PhaseWeights.prepare(self.weights, self.precision)
+        _finish(self.weights.device)
+        return prepared
 
     def _whole_config(self, rows: int, own_condition: bool = False) -> WholeFlowConfig | None:
         features = self.weights.features
-        return select_whole_flow(self.chip.capability, features, rows, self.precision, own_condition)
+        hard = isinstance(self.weights.mixing, HardMixing)
+        return select_whole_flow(self.chip.capability, features, rows, self.precision, own_condition, hard)
 
     def _phases(
         self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
@@ -98,6 +103,7 @@ class TritonFlow:
         if tables is None:
             exact: PositionalTables = positional_tables(self.weights, encoding, operand_dtype(self.precision))
             tables = self.whole.tables(exact) if whole else self.prepared.positions(exact)
+            _finish(self.weights.device)
             self._tables[height, width, whole] = tables
             while len(self._tables) > MAX_TABLES:
                 self._tables.popitem(last=False)
@@ -112,6 +118,12 @@ def _chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]
     for image in range(0, batch, images):
         for line in range(0, height, lines):
             yield slice(image, image + images), slice(line, line + lines)
+
+
+def _finish(device: torch.device) -> None:
+    """What is kept for later calls has to be there for those on other streams too."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -172,7 +172,9 @@ def _entries(touched: int) -> int:
 
 def _select(features: Tensor, prepared: WholeFlowWeights, rows: int, own_condition: bool = False) -> WholeFlowConfig:
     capability = torch.cuda.get_device_capability(features.device) if features.is_cuda else (9, 0)
-    config = select_whole_flow(capability, prepared.weights.features, rows, prepared.precision, own_condition)
+    config = select_whole_flow(
+        capability, prepared.weights.features, rows, prepared.precision, own_condition, prepared.hard
+    )
     if config is None:
         raise ValueError(
             f"a decoder of {prepared.weights.features} features does not fit one kernel in {prepared.precision}"

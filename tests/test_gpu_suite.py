@@ -1,0 +1,140 @@
+"""`make gpu` without a card: every step that can run on a CPU does, and what fails is told and passed over."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cflow_fast.bench import gpu, kernel_times, warm
+from cflow_fast.bench.cases import DecoderCase, Scales
+from cflow_fast.bench.compiled import Compiled, Loop
+from cflow_fast.bench.contenders import PLAIN
+from cflow_fast.bench.decoder import CONTENDERS
+from cflow_fast.bench.gpu import Suite
+from cflow_fast.bench.headline import Headline
+from cflow_fast.kernels.chip import Chip
+
+CPU = torch.device("cpu")
+FACTS = {"card": "Some Card", "torch": "2", "triton": "3"}
+CODE = Compiled(128, 65536, 0, 700, (Loop(100, 0, 4, 0, 0),), False)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path, time.time() + 600, dict(FACTS))
+
+
+def test_a_step_that_fails_is_told_and_the_next_ones_run(suite: Suite) -> None:
+    def broken(suite: Suite) -> str:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    for name, step in (("first", lambda suite: "fine"), ("second", broken), ("third", lambda suite: "failed: 3 of 4")):
+        suite.run(name, step)
+    suite.store()
+    text = (suite.folder / "summary.md").read_text()
+    assert "## first\n\nfine" in text
+    assert "- second: failed: RuntimeError: an illegal memory access was encountered" in text
+    assert "- third: failed: 3 of 4" in text
+
+
+def test_a_step_without_time_left_is_not_begun(suite: Suite) -> None:
+    suite.ends = time.time() + 1
+    suite.run("late", lambda suite: pytest.fail("it was begun"))
+    assert suite.failed == ["late: no time was left"]
+
+
+def test_another_process_takes_over_with_all_that_was_found(suite: Suite) -> None:
+    suite.facts["roofline"] = {"matrix": {"bf16": 1e15}}
+    suite.run("first", lambda suite: "fine")
+    suite.store()
+    assert Suite.stored(suite.folder) == suite
+
+
+def test_without_a_card_it_says_what_to_do() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    result = CliRunner().invoke(gpu.main)
+    assert result.exit_code == 1
+    assert "there is no CUDA device here" in result.output
+
+
+def test_decoders_are_measured_beside_the_plain_path_and_tabled(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CARD", CPU)
+    monkeypatch.setattr(gpu, "Effort", lambda seconds: gpu_effort(0.2))
+    case = DecoderCase("tiny", Scales((16, 24), (8, 16)), 136, 2, "soft", coupling_blocks=2, condition=8)
+    table = gpu._measured(suite, "tiny.json", CONTENDERS, [case], [PLAIN], ["fp32"])
+    lines = table.splitlines()
+    assert len(lines) == 4
+    assert f"| {PLAIN} fp32 |" in table
+    assert "not measured" not in table
+    assert len(json.loads((suite.folder / "tiny.json").read_text())["rows"]) == 2
+
+
+def gpu_effort(seconds: float) -> object:
+    from cflow_fast.bench.measurement import Effort
+
+    return Effort(seconds=seconds, least_rounds=6)
+
+
+def test_cases_without_time_are_counted(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CARD", CPU)
+    suite.ends = time.time() + 15
+    case = DecoderCase("tiny", Scales((16,), (8,)), 64, 1, "soft", coupling_blocks=1, condition=8)
+    assert "1 cases were left out" in gpu._measured(suite, "tiny.json", CONTENDERS, [case], [PLAIN], ["fp32"])
+
+
+def test_launches_are_timed_beside_their_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Headline("resnet18", 2, 512, "hard", "bf16", 256, 1)
+    monkeypatch.setattr(kernel_times, "headlines", lambda *args: [line])
+    monkeypatch.setattr(kernel_times, "launch_seconds", lambda launch, device: 1e-5)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    codes = [CODE, "the compiler said no"]
+    monkeypatch.setattr(kernel_times, "compile_all", lambda kernels: [codes[i % 2] for i in range(len(kernels))])
+    rates = {"matrix": {"fp32": 5e13, "tf32": 4e14, "bf16": 8e14}, "copy": 3e12, "l2_shared": 6e12, "l2_own": 5e12}
+    rows, table = kernel_times.time_kernels(CPU, rates, until=time.monotonic() + 60)
+    assert sum(row["count"] for row in rows) == len(line.launches(Chip()))
+    assert {"why" in row for row in rows} == {True, False}
+    assert len(table.splitlines()) == 2 + len(rows)
+    assert "the compiler said no" in table
+
+
+def test_launches_get_memory_of_their_own_and_indices_that_are_permutations() -> None:
+    line = Headline("resnet18", 2, 512, "hard", "bf16", 256, 1)
+    for launch in line.launches(Chip()):
+        real = kernel_times.on_device(launch, CPU)
+        for name, value in real.args.items():
+            if isinstance(value, torch.Tensor):
+                assert value.shape == launch.args[name].shape
+                assert value.stride() == launch.args[name].stride()
+                if "index" in name:
+                    assert value.unique().numel() == value.numel()
+
+
+@pytest.fixture
+def two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches of one decoder at two sizes of image, on an H100."""
+    lines = [Headline("resnet18", 2, 512, "soft", "bf16", size, 1) for size in (256, 512)]
+    launches = [launch for line in lines for launch in line.launches(Chip())]
+    monkeypatch.setattr(warm, "_measured_launches", lambda chip: launches)
+    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip()))
+
+
+@pytest.mark.usefixtures("two_sizes")
+def test_every_binary_is_compiled_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(warm, "_compile", lambda launch: compiled.append(warm._binary_key(launch)) or "")
+    counts = [int(next(iter(warm.compile_share(share, 3)))) for share in range(3)]
+    assert sum(counts) == len(compiled) == len(set(compiled))
+
+
+@pytest.mark.usefixtures("two_sizes")
+def test_a_kernel_that_cannot_be_compiled_is_a_line_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "_compile", lambda launch: "linear_kernel: CompilationError: ['no']")
+    count, *failures = warm.compile_share(0, 1)
+    assert count == "0"
+    assert failures
