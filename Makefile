@@ -38,7 +38,7 @@ bench-cpu: $(READY)
 # AOT=--quick: only the usual ones.
 aot: $(READY) build/triton-$(OTHER_TRITON)
 	env -u TRITON_INTERPRET $(BIN)/python -m cflow_fast.bench.aot $(AOT) --json build/kernels.json \
-	    --predictions $(if $(AOT),build,bench/results)/predicted.json
+	    --predictions $(if $(AOT),build,bench)/predicted.json
 	env -u TRITON_INTERPRET PYTHONPATH=build/triton-$(OTHER_TRITON) \
 	    $(BIN)/python -m cflow_fast.bench.aot $(AOT) --no-predictions
 

@@ -199,7 +199,8 @@ def main(quick: bool, no_predictions: bool, path: Path | None, predictions: Path
     if path:
         write_text(path, json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
     if predictions:
-        facts = {"triton": triton.__version__, "measured": False, "command": "make aot", "decoders": expected}
+        command = "make aot AOT=--quick" if quick else "make aot"
+        facts = {"triton": triton.__version__, "measured": False, "command": command, "decoders": expected}
         write_text(predictions, json.dumps(facts, indent=1) + "\n")
     console.print(f"triton {triton.__version__}: {len(rows)} kernels, {failed} with faults")
     sys.exit(1 if failed else 0)
