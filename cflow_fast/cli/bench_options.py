@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -162,8 +161,3 @@ def finish(session: Session, interrupted: bool, json_path: Path | None, old: Res
     if interrupted:
         console.print("interrupted: this is what was measured until then")
     sys.exit(INTERRUPTED if interrupted else 0)
-
-
-def command_line() -> str:
-    """The command that makes a result, as a user would repeat it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -16,7 +16,6 @@ from cflow_fast.cli.bench_options import (
     against_option,
     batch_option,
     check_sizes,
-    command_line,
     effort_of,
     encoder_option,
     finish,
@@ -28,6 +27,7 @@ from cflow_fast.cli.bench_options import (
     run_options,
     size_option,
 )
+from cflow_fast.cli.bench_tables import command_line
 
 
 @click.command()

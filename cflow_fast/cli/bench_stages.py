@@ -10,7 +10,8 @@ import torch
 
 from cflow_fast.bench.session import Session
 from cflow_fast.bench.stages import StagesInterrupted, made_images, made_model, stage_rows, write_profile
-from cflow_fast.cli.bench_options import check_sizes, command_line, effort_of, finish, open_files, run_options
+from cflow_fast.cli.bench_options import check_sizes, effort_of, finish, open_files, run_options
+from cflow_fast.cli.bench_tables import command_line
 from cflow_fast.cli.common import console, progress_bar
 from cflow_fast.datasets import find_images
 from cflow_fast.files import check_writable

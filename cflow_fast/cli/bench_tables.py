@@ -24,15 +24,20 @@ json_option = click.option(
 
 
 def store(path: Path | None, rows: Sequence[Row], device: torch.device, seed: int) -> None:
-    """Write the rows with the machine, the versions and the command line, if a path was given and there are any.
+    """Write the rows with the machine, the versions and the command line, if a path was given and there are any."""
+    if path is None or not rows:
+        return
+    write_results(path, Session(command_line(), device, seed, rows=list(rows)).results())
+    console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def command_line() -> str:
+    """The command that makes a result, as a user would repeat it.
 
     Of a path from the root only the name is stored: where a machine keeps its data is no part of a result.
     """
-    if path is None or not rows:
-        return
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    write_results(path, Session(shlex.join(words), device, seed, rows=list(rows)).results())
-    console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    program, *words = sys.argv
+    return shlex.join([Path(program).name, *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
 
 def number(value: float | None, places: int = 1, missing: str = NOT_MEASURED) -> str:

@@ -21,7 +21,6 @@ from cflow_fast.cli.bench_options import (
     against_option,
     batch_option,
     check_sizes,
-    command_line,
     effort_of,
     encoder_option,
     finish,
@@ -33,6 +32,7 @@ from cflow_fast.cli.bench_options import (
     run_options,
     size_option,
 )
+from cflow_fast.cli.bench_tables import command_line
 
 HEADLINE = "Ctrl-C prints what has been measured. A peer that is not installed is a line that says so."
 
