@@ -182,7 +182,9 @@ def whole_models(suite: Suite) -> str:
     return _measured(suite, "end-to-end.json", end_to_end.CONTENDERS, cases, against, ["fp32", "bf16"])
 
 
-def _measured(suite: Suite, name: str, contenders: Any, cases: Any, against: list[str], precisions: list[str]) -> str:
+def _measured(
+    suite: Suite, name: str, contenders: Any, cases: Any, against: Sequence[str], precisions: Sequence[str]
+) -> str:
     session = Session("make gpu", CARD, effort=Effort(seconds=2.0))
     session.peak_flops = dict(suite.facts.get("roofline", {}).get("matrix", {}))
     entrants, baseline = line_up(contenders, against, precisions)
