@@ -162,8 +162,8 @@ def _programs(tile: Tile) -> int:
 class WholeFlowConfig:
     """Of kernels/whole_flow.py: rows a program carries through all blocks, hidden units it makes at a time.
 
-    own_condition: whether the registers also hold what loose rows with a condition each need; hard: whether they do
-    with hard permutations, whatever Triton compiles them.
+    own_condition: whether the registers also hold what loose rows with a condition each need.
+    hard: for hard permutations alone (True) or soft ones alone (False), where one kind needs more registers.
     """
 
     block_rows: int
@@ -171,7 +171,7 @@ class WholeFlowConfig:
     warps: int
     stages: int
     own_condition: bool = True
-    hard: bool = True
+    hard: bool | None = None
 
 
 ENOUGH_PROGRAMS = 96
@@ -191,7 +191,7 @@ _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
         32: (WholeFlowConfig(128, 64, 4, 2), WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 64, 4, 2)),
         64: (
             WholeFlowConfig(128, 32, 4, 2, own_condition=False, hard=False),
-            WholeFlowConfig(128, 32, 8, 2, own_condition=False),
+            WholeFlowConfig(128, 32, 8, 2, own_condition=False, hard=True),
             WholeFlowConfig(64, 32, 4, 2),
             WholeFlowConfig(16, 64, 4, 2),
         ),
@@ -205,7 +205,10 @@ _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
     "tf32": {
         32: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
         64: (WholeFlowConfig(64, 16, 4, 2, own_condition=False), WholeFlowConfig(32, 32, 4, 2)),
-        96: (WholeFlowConfig(64, 32, 4, 2, own_condition=False),),
+        96: (
+            WholeFlowConfig(64, 32, 4, 2, own_condition=False, hard=False),
+            WholeFlowConfig(64, 32, 8, 2, own_condition=False, hard=True),
+        ),
     },
     "tf32x3": {
         32: (WholeFlowConfig(64, 32, 4, 2, own_condition=False), WholeFlowConfig(16, 32, 4, 2)),
@@ -238,6 +241,6 @@ def select_whole_flow(
     half = features - features // 2
     tiles = (_WHOLE_FLOW_HOPPER if capability[0] == 9 else _WHOLE_FLOW_AMPERE)[precision]
     widest = min((width for width in tiles if width >= half), default=0)
-    configs = [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and (c.hard or not hard)]
+    configs = [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and c.hard in (None, hard)]
     fewest = configs[-1] if configs else None
     return next((c for c in configs if rows >= ENOUGH_PROGRAMS * c.block_rows), fewest)
