@@ -201,7 +201,7 @@ def main(quick: bool, no_predictions: bool, path: Path | None, predictions: Path
     if predictions:
         command = "make aot AOT=--quick" if quick else "make aot"
         facts = {"triton": triton.__version__, "measured": False, "command": command, "decoders": expected}
-        write_text(predictions, json.dumps(facts, indent=1) + "\n")
+        write_text(predictions, json.dumps(facts).replace('{"decoders": "', '\n{"decoders": "') + "\n")  # one a line
     console.print(f"triton {triton.__version__}: {len(rows)} kernels, {failed} with faults")
     sys.exit(1 if failed else 0)
 
