@@ -106,11 +106,11 @@ def _compile(index: int) -> Compiled | str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def compile_all(kernels: Sequence[Kernel]) -> Iterator[Compiled | str]:
-    """In order, on all cores; a string is why a kernel could not be compiled."""
+def compile_all(kernels: Sequence[Kernel], processes: int | None = None) -> Iterator[Compiled | str]:
+    """In order, on all cores if nothing else is said; a string is why a kernel could not be compiled."""
     global _work
     _work = kernels  # workers are forked: a kernel cannot be pickled, its place in a list can
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
         results = pool.imap(_compile, range(len(kernels)))
         for _ in kernels:
             yield results.next(timeout=LONGEST_COMPILATION)
@@ -196,6 +196,7 @@ def main(quick: bool, no_predictions: bool, path: Path | None, predictions: Path
     if not no_predictions:
         expected = [entry for card in CARDS for entry in predicted(lines, found, card)]
         console.print(_prediction_table(expected))
+        console.print(_shipped_choices(lines, found))
     if path:
         write_text(path, json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
     if predictions:
@@ -204,6 +205,24 @@ def main(quick: bool, no_predictions: bool, path: Path | None, predictions: Path
         write_text(predictions, json.dumps(facts).replace('{"decoders": "', '\n{"decoders": "') + "\n")  # one a line
     console.print(f"triton {triton.__version__}: {len(rows)} kernels, {failed} with faults")
     sys.exit(1 if failed else 0)
+
+
+def _shipped_choices(lines: Sequence[Headline], found: dict[Key, Compiled]) -> str:
+    """Whether the shipped table is still what prediction says; choosing anew would compile every candidate."""
+    from cflow_fast.bench.tune_predicted import outdated  # which compiles with this module
+    from cflow_fast.bench.tune_targets import Target
+    from cflow_fast.kernels.tuning import shipped_table
+
+    table = shipped_table(CAPABILITIES[90])
+    if table is None:
+        return "no tuning table is shipped for sm_90"
+    card = next(card for card in CARDS if card.name == table.facts.get("predicted_for", CARDS[0].name))
+    targets = [
+        Target(line.features, line.side, line.side, line.batch, line.permutations, line.precision) for line in lines
+    ]
+    count, of = outdated(table, targets, found, card)
+    words = f"{count} of {of} shipped choices are predicted otherwise than the table says"
+    return words + (f"; `cflow-fast tune --predict {card.name}` chooses anew" if count else "")
 
 
 def _kernel_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -43,6 +43,11 @@ ENCODERS = {
 }
 """Known without building the encoder; any other timm model is built to ask it."""
 
+HEADLINE_ENCODERS = ("wide_resnet50_2", "resnet18", "mobilenetv3_large_100")
+SIZES = (256, 512)
+BATCHES = (1, 8, 32)
+"""What people run: tuned, compiled ahead and predicted."""
+
 
 def scales_of(encoder: str) -> Scales:
     """Raises EncoderError for a name that timm does not know."""

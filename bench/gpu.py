@@ -38,8 +38,14 @@ from cflow_fast.bench.measurement import Effort
 from cflow_fast.bench.results import Results, write_results
 from cflow_fast.bench.roofline import measure_roofline
 from cflow_fast.bench.session import Session, line_up
-from cflow_fast.bench.warm import compile_on_all_cores
+from cflow_fast.bench.tune import Finding, choose_by_measurement, in_words, table_of
+from cflow_fast.bench.tune_card import CardTimer
+from cflow_fast.bench.tune_targets import tails, targets
+from cflow_fast.bench.warm import TUNED, compile_on_all_cores
 from cflow_fast.files import write_text
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.tuning import shipped_table
+from cflow_fast.kernels.tuning_table import as_text
 
 CARD = torch.device("cuda", 0)
 RESULTS = Path(__file__).parent / "results"
@@ -215,6 +221,29 @@ def _table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def tuned(suite: Suite) -> str:
+    """Every candidate of the wide decoders' kernels, and Triton beside the plain path, for as long as there is time."""
+    chip = Chip.of(CARD)
+    until = time.monotonic() + min(60.0, suite.seconds_left - 30)
+    found: list[Finding] = []
+    try:
+        encoders, _, sizes, batches = TUNED
+        timer, maps = CardTimer(CARD), tails(encoders, sizes, batches)
+        for finding in choose_by_measurement(targets(*TUNED), chip, timer, until, shipped_table(chip), maps):
+            found.append(finding)
+    finally:  # what was found before a failure is worth having
+        table = table_of(found, suite.facts["card"], chip.multiprocessors, suite.facts)
+        suite.write("tuned.json", as_text(table))
+    if not table.kernels:
+        return "failed: nothing was measured"
+    parts = []
+    for headings, rows in in_words(table):
+        lines = [headings, ("---",) * len(headings), *rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    parts += [f"{finding.target}: {finding.note}" for finding in found if finding.note]
+    return "\n\n".join(parts)
+
+
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -265,6 +294,7 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
     ("parity", parity_table),
     ("decoders of ResNet-18 and MobileNetV3-L", narrow_decoders),
     ("decoders of WideResNet-50, 512 px", wide_decoders_512),
+    ("tuning", tuned),
     ("memory check", memory_check),
     ("FrEIA compiled", compiled_peer),
 )

@@ -8,22 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cflow_fast.bench.cases import ENCODERS
+from cflow_fast.bench.cases import BATCHES, ENCODERS, SIZES
 from cflow_fast.bench.specimens import META, specimen_weights
 from cflow_fast.kernels.anomaly_tail import plan_tail
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import select_tail, select_whole_flow
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.phase_weights import PhaseWeights
 from cflow_fast.kernels.phases import Phases
 from cflow_fast.kernels.rows import map_rows
 from cflow_fast.kernels.torch_flow import PositionalTables
+from cflow_fast.kernels.tuning import select_tail, select_whole_flow
+from cflow_fast.kernels.weights import FlowWeights, HardMixing
 from cflow_fast.kernels.whole_flow import map_launch
 from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
 
 PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
-SIZES = (256, 512)
-BATCHES = (1, 8, 32)
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,26 @@ class Headline:
         features = _meta(self.batch, self.features, self.side, self.side)
         if self.channels_last:
             features = features.to(storage).contiguous(memory_format=torch.channels_last)
-        hidden = weights.hidden
-        tables = PositionalTables(*(_meta(weights.blocks, self.side, hidden, dtype=storage) for _ in range(2)))
-        log_prob = _meta(self.batch, self.side, self.side)
-        hard = self.permutations == "hard"
-        config = select_whole_flow(chip.capability, self.features, log_prob.numel(), self.precision, hard=hard)
-        if config is not None:
-            whole = WholeFlowWeights.prepare(weights, self.precision)
-            return [map_launch(features, whole, whole.tables(tables), log_prob, config)]
-        prepared = PhaseWeights.prepare(weights, self.precision)
-        phases = Phases(prepared, log_prob.numel(), chip)
-        positions = prepared.positions(tables)
-        return list(phases.launches(map_rows(features), positions, log_prob.view(-1), _meta(log_prob.numel())))
+        return decoder_launches(weights, features, self.precision, chip)
+
+
+def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chip: Chip) -> list[Launch]:
+    """What a decoder of such weights launches for such maps (B, D, H, W); all of it may be on the meta device."""
+    batch, _, height, width = features.shape
+    tables = None
+    if weights.condition:
+        sides = (height, width)
+        tables = PositionalTables(*(_meta(weights.blocks, n, weights.hidden, dtype=weights.w1.dtype) for n in sides))
+    log_prob = _meta(batch, height, width)
+    hard = isinstance(weights.mixing, HardMixing)
+    config = select_whole_flow(chip, weights.features, log_prob.numel(), precision, hard=hard)
+    if config is not None:
+        whole = WholeFlowWeights.prepare(weights, precision)
+        return [map_launch(features, whole, None if tables is None else whole.tables(tables), log_prob, config)]
+    prepared = PhaseWeights.prepare(weights, precision)
+    phases = Phases(prepared, log_prob.numel(), chip)
+    positions = None if tables is None else prepared.positions(tables)
+    return list(phases.launches(map_rows(features), positions, log_prob.view(-1), _meta(log_prob.numel())))
 
 
 def headlines(
@@ -86,14 +93,16 @@ def headlines(
                             yield Headline(encoder, scale, features, permutations, precision, size, batch)
 
 
-def tail_launches(size: int = 256, batches: tuple[int, ...] = BATCHES) -> list[Launch]:
-    """The anomaly map of two, three and eight scales, their maxima given."""
+def tail_launches(
+    size: int = 256, batches: tuple[int, ...] = BATCHES, scale_counts: tuple[int, ...] = (2, 3, 8)
+) -> list[Launch]:
+    """The anomaly map of so many scales, their maxima given."""
     launches = []
-    for scales in (2, 3, 8):
+    for scales in scale_counts:
         for batch in batches:
             sides = [max(1, size // 4 >> scale) for scale in range(1, scales + 1)]
             maps = [_meta(batch, side, side) for side in sides]
-            config = select_tail(scales, batch, size, size)
+            config = select_tail(scales, batch, size, size, Chip())
             score = _meta(batch, dtype=torch.int32)
             launches.append(plan_tail(maps, [0.0] * scales, None, _meta(batch, size, size), score, config))
     return launches

@@ -13,7 +13,7 @@ from torch import Tensor
 from cflow_fast.bench.aot import Kernel, compile_all, compile_key
 from cflow_fast.bench.compiled import Compiled
 from cflow_fast.bench.headline import Headline, headlines
-from cflow_fast.bench.measurement import clock
+from cflow_fast.bench.measurement import Run, clock
 from cflow_fast.bench.prediction import CARDS, Card, predict
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
@@ -120,16 +120,22 @@ def _memory(meta: Tensor, device: torch.device) -> Tensor:
 
 def launch_seconds(launch: Launch, device: torch.device) -> float:
     """Median seconds of one launch among others like it in a captured graph."""
-    launch.run()
+    replay = captured(launch.run, device, REPEATS)
+    seconds_of = clock(device)
+    replay()
+    return sorted(seconds_of(replay) for _ in range(ROUNDS))[ROUNDS // 2] / REPEATS
+
+
+def captured(run: Run, device: torch.device, repeats: int = 1) -> Run:
+    """The replay of a CUDA graph in which it runs so many times, after it ran once outside of it."""
+    run()
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(REPEATS):
-            launch.run()
-    seconds_of = clock(device)
-    graph.replay()
-    return sorted(seconds_of(graph.replay) for _ in range(ROUNDS))[ROUNDS // 2] / REPEATS
+        for _ in range(repeats):
+            run()
+    return graph.replay
 
 
 def _row(timed: Timed, code: Compiled | str, card: Card) -> dict[str, Any]:

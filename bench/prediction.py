@@ -92,7 +92,8 @@ def predict(launch: Launch, compiled: Compiled, card: Card, cold_weights: bool =
     work = _COUNTED[launch.kernel.__name__](launch, card, cold_weights)
     precision = launch.constexprs.get("PRECISION", "ieee")
     warps = launch.options["num_warps"]
-    resident = residents(compiled, warps)
+    launched = math.ceil(math.prod(launch.grid) / card.multiprocessors)  # a persistent kernel's grid may be one each
+    resident = max(1, min(residents(compiled, warps), launched))
     share = 1 / card.multiprocessors  # what one multiprocessor has of a rate
 
     loop = sum(part.instructions for part in compiled.loops)
@@ -115,6 +116,16 @@ def predict(launch: Launch, compiled: Compiled, card: Card, cold_weights: bool =
     return Prediction(
         seconds, bound, work, resident, waves, whole * matrix, whole * (issue + epilogue), whole * l2, memory
     )
+
+
+def predict_at_least(launch: Launch, card: Card, cold_weights: bool = True) -> float:
+    """Seconds that no machine code for a launch could be predicted under: its instructions cost nothing."""
+    work = _COUNTED[launch.kernel.__name__](launch, card, cold_weights)
+    precision = launch.constexprs.get("PRECISION", "ieee")
+    matrix = work.matrix_flop / work.units / card.matrix[precision]
+    l2 = work.steps * work.step_bytes / card.l2
+    units = max(work.units, card.multiprocessors)
+    return max(units * max(matrix, l2), work.memory_bytes / card.memory) + card.launch_seconds
 
 
 def predict_together(decoders: Sequence[Sequence[Prediction]], card: Card) -> float:

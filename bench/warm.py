@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from cflow_fast.bench.headline import headlines
+from cflow_fast.bench.tune_targets import candidate_launches, targets
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 
 MOST_PROCESSES = 16
+TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 32))
+"""What the suite tunes: encoders, precisions, sizes, batches."""
 
 
 def compile_on_all_cores(seconds: float) -> str:
@@ -71,6 +74,7 @@ def _measured_launches(chip: Chip) -> Iterator[Launch]:
             yield from replace(line, channels_last=False).launches(chip)
             if size == 256:
                 yield from line.launches(chip)
+    yield from candidate_launches(targets(*TUNED), chip)
 
 
 def _binary_key(launch: Launch) -> object:

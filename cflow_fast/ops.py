@@ -1,8 +1,8 @@
 """The dispatcher: picks the implementation of an operation by the tensors' device. Nothing else in the library does.
 
-Triton's kernels run on NVIDIA cards of compute capability 8.0 and newer, PyTorch everywhere else.
-`CFLOW_FAST_BACKEND=torch` or `triton` forces one; a forced backend that cannot run here is an error, never a silent
-fallback.
+Triton's kernels run on NVIDIA cards of compute capability 8.0 and newer, compiled code for decoders on x86 CPUs with
+AVX2, PyTorch everywhere else. `CFLOW_FAST_BACKEND=torch` or `triton` forces one; a forced backend that cannot run here
+is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ BACKENDS = ("torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 6)
 
-_TRITON_PRECISIONS = {"fp32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+KERNEL_PRECISIONS = {"fp32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+"""The library's words for what is multiplied in, and the kernels'."""
 
 
 def backend(device: torch.device) -> str:
@@ -52,11 +53,19 @@ def backend(device: torch.device) -> str:
 
 
 def prepare_flow(weights: FlowWeights, arithmetic: Arithmetic) -> Flow:
-    """Make a folded decoder ready to run on its device; the result has `log_prob_map` and `rows`."""
-    if backend(weights.device) == "triton" and weights.state_dtype == torch.float32:
-        from cflow_fast.kernels.triton_flow import TritonFlow
+    """Make a folded decoder ready to run on its device; the result has `log_prob_map` and `rows`.
 
-        return TritonFlow(weights, _TRITON_PRECISIONS[arithmetic.precision])
+    Where Triton can run and is not forced, the tuning table has the last word (`tuned_flow`).
+    """
+    if backend(weights.device) == "triton" and weights.state_dtype == torch.float32:
+        precision = KERNEL_PRECISIONS[arithmetic.precision]
+        if os.environ.get("CFLOW_FAST_BACKEND"):
+            from cflow_fast.kernels.triton_flow import TritonFlow
+
+            return TritonFlow(weights, precision)
+        from cflow_fast.kernels.tuned_flow import TunedFlow
+
+        return TunedFlow(weights, precision, arithmetic.operands)
     return TorchFlow(weights, arithmetic.operands, packed=_onednn_is_faster(weights, arithmetic))
 
 

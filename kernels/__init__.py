@@ -18,6 +18,7 @@ Where to read on:
     phases        a few launches per block: linear (A, C) and coupling (B), with state, rows and tiles beside them
     anomaly_map, anomaly_tail  exp, upsample, sum over scales, score: in PyTorch, in one launch
     configs       every tile shape, and how one is chosen; lang: what kernels are written in; chip: the card
+    tuning        tables before rules (tuning_table: as a file); tuned_flow: Triton or the plain path
     registration  the operations as PyTorch knows them; capture: streams and CUDA graphs
-A module here knows tensors, shapes and strides; nothing of encoders, modules or files.
+A module here knows tensors, shapes and strides; nothing of encoders, modules or files, but for the tables.
 """

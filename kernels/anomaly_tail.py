@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import TailConfig, select_tail
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import TailConfig
 from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.tuning import select_tail
 
 NOTHING_FINITE = -1
 """Where a maximum on bits starts; read as a float it is NaN."""
@@ -60,7 +62,7 @@ def anomaly_map(
     if not batch:
         return result, score.view(torch.float32)
     with torch.cuda.device_of(result):  # Triton launches on the current device
-        config = select_tail(len(log_probs), batch, *size)
+        config = select_tail(len(log_probs), batch, *size, Chip.of(device))
         if maxima is not None:
             plan_tail(log_probs, maxima, None, result, score, config).run()
         else:

@@ -12,6 +12,7 @@ import torch
 class Chip:
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
+    name: str = ""  # as its maker calls it; empty where nothing was asked
 
     @staticmethod
     def of(device: torch.device) -> Chip:
@@ -22,4 +23,4 @@ class Chip:
 @functools.cache
 def _asked(index: int | None) -> Chip:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return Chip((properties.major, properties.minor), properties.multi_processor_count)
+    return Chip((properties.major, properties.minor), properties.multi_processor_count, properties.name)

@@ -1,11 +1,14 @@
 """Tile shapes of every kernel, chosen by shape, precision and architecture. Nothing else in `kernels` fixes a number.
 
-A configuration is a frozen dataclass; a `select_*` function returns the one to launch with.
+A configuration is a frozen dataclass; a `select_*` function is the rule that returns the one to launch with.
+`candidates` are all that may be launched with instead; `tuning` has the tables of those that turned out faster.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 
@@ -238,9 +241,127 @@ def select_whole_flow(
     hard: bool = False,
 ) -> WholeFlowConfig | None:
     """The tallest tile that gives most multiprocessors a program; None where the state does not fit the registers."""
+    configs = _whole_flow_tiles(capability, features, precision, own_condition, hard)
+    fewest = configs[-1] if configs else None
+    return next((c for c in configs if rows >= ENOUGH_PROGRAMS * c.block_rows), fewest)
+
+
+def _whole_flow_tiles(
+    capability: tuple[int, int], features: int, precision: str, own_condition: bool, hard: bool
+) -> list[WholeFlowConfig]:
     half = features - features // 2
     tiles = (_WHOLE_FLOW_HOPPER if capability[0] == 9 else _WHOLE_FLOW_AMPERE)[precision]
     widest = min((width for width in tiles if width >= half), default=0)
-    configs = [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and c.hard in (None, hard)]
-    fewest = configs[-1] if configs else None
-    return next((c for c in configs if rows >= ENOUGH_PROGRAMS * c.block_rows), fewest)
+    return [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and c.hard in (None, hard)]
+
+
+# What may be chosen from where it is predicted or measured.
+
+Config = LinearConfig | CouplingConfig | WholeFlowConfig | TailConfig
+
+
+class Problem(NamedTuple):
+    """What a configuration is chosen by. `numbers` are those that NUMBERS names, flags as 0 and 1."""
+
+    kernel: str
+    precision: str
+    rows: int  # images of a tail
+    numbers: tuple[int, ...]
+
+
+NUMBERS = {
+    "linear": ("inputs", "outputs", "rotates"),
+    "coupling": ("inputs", "half"),
+    "whole_flow": ("features", "own_condition", "hard"),
+    "tail": ("scales", "height", "width"),
+}
+TAIL_PRECISION = "fp32"
+
+_MORE_TILES: dict[tuple[str, bool], list[Tile]] = {
+    ("bf16", True): [(64, 256, 64, 8, 3), (64, 128, 64, 4, 4)],
+    ("tf32", True): [(128, 64, 32, 4, 4), (64, 128, 32, 4, 4)],
+    ("tf32x3", True): [(128, 64, 32, 4, 3), (64, 128, 32, 4, 3)],
+    ("ieee", True): [(128, 64, 16, 8, 3)],
+}
+"""Beside _TILES: what no rule takes."""
+
+
+def rule(problem: Problem, chip: Chip) -> Config | None:
+    """What is launched where no table says otherwise."""
+    rows, numbers, precision = problem.rows, problem.numbers, problem.precision
+    match problem.kernel:
+        case "linear":
+            inputs, outputs, rotates = numbers
+            return select_linear(rows, inputs, outputs, precision, chip, bool(rotates))
+        case "coupling":
+            inputs, half = numbers
+            return select_coupling(rows, inputs, half, precision, chip)
+        case "whole_flow":
+            features, own_condition, hard = numbers
+            return select_whole_flow(chip.capability, features, rows, precision, bool(own_condition), bool(hard))
+        case "tail":
+            scales, height, width = numbers
+            return select_tail(scales, rows, height, width)
+    raise ValueError(f"kernel is one of {', '.join(NUMBERS)}, got {problem.kernel!r}")
+
+
+def candidates(problem: Problem, chip: Chip) -> list[Config]:
+    """Every configuration that a table may name for a problem: the rule's first, each once, all fit the chip."""
+    first = rule(problem, chip)
+    if first is None:
+        return []
+    rows, numbers, precision = problem.rows, problem.numbers, problem.precision
+    found: list[Config] = [first]
+    match problem.kernel:
+        case "linear":
+            inputs, outputs, rotates = numbers
+            for tile, split_k, programs in _product_candidates(rows, inputs, outputs, precision, chip):
+                if tile[1] <= (128 if rotates else 256):
+                    found.append(LinearConfig(*tile, split_k, programs=programs))
+        case "coupling":
+            inputs, half = numbers
+            for tile, split_k, programs in _product_candidates(rows, inputs, 2 * half, precision, chip):
+                block_rows, block_out, block_k, warps, stages = tile
+                config = CouplingConfig(block_rows, block_out // 2, block_k, warps, stages, split_k, programs=programs)
+                found.append(config)
+        case "whole_flow":
+            features, own_condition, hard = numbers
+            found += _whole_flow_tiles(chip.capability, features, precision, bool(own_condition), bool(hard))
+        case "tail":
+            assert isinstance(first, TailConfig)
+            for height in (4, 8, 16, 32):
+                for warps in (1, 2, 4):
+                    if 32 * warps <= first.columns:
+                        found.append(TailConfig(height, first.columns, warps))
+    return list(dict.fromkeys(found))
+
+
+def _product_candidates(
+    rows: int, inputs: int, outputs: int, precision: str, chip: Chip
+) -> Iterator[tuple[Tile, int, int]]:
+    """Tiles with splits of their inputs and programs per multiprocessor."""
+    limit = 1024 * SHARED_MEMORY.get(chip.capability, 99)
+    more = _MORE_TILES.get((precision, limit > 200 * 1024), [])
+    for tile in _tiles(precision, chip) + more:
+        shared = _shared_bytes(tile, precision)
+        if shared > limit or (tile[0] > 64 and tile[0] >= 2 * rows):
+            continue
+        tiles = triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1])
+        programs = {_programs(tile)}
+        if tile[0] * tile[1] <= 128 * 128 and 2 * shared <= limit:
+            programs.add(2)
+        for split_k in range(1, MAX_SPLITS + 1):
+            if split_k == 1 or (tiles * split_k <= 2 * chip.multiprocessors and _no_idle(inputs, tile, split_k)):
+                yield from ((tile, split_k, count) for count in sorted(programs))
+
+
+def _no_idle(inputs: int, tile: Tile, split_k: int) -> bool:
+    """Whether every split has a share of the inputs."""
+    steps = triton.cdiv(inputs, tile[2])
+    return triton.cdiv(steps, triton.cdiv(steps, split_k)) == split_k
+
+
+def _shared_bytes(tile: Tile, precision: str) -> int:
+    """Of the operands that are on their way."""
+    block_rows, block_out, block_k, _, stages = tile
+    return (block_rows + block_out) * block_k * stages * (2 if precision == "bf16" else 4)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import LinearConfig, ReductionConfig, select_coupling, select_linear
+from cflow_fast.kernels.configs import LinearConfig, ReductionConfig
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
@@ -23,6 +23,7 @@ from cflow_fast.kernels.phase_weights import PhaseWeights
 from cflow_fast.kernels.reduction import reduction_launch
 from cflow_fast.kernels.rows import Rows, loose_rows
 from cflow_fast.kernels.state import HardState, SoftState
+from cflow_fast.kernels.tuning import select_coupling, select_linear
 
 ROW_PADDING = 128
 """Workspaces have whole tiles of rows: no tile is higher than this."""

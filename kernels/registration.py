@@ -35,7 +35,7 @@ LIBRARY.define(
 
 
 class Flow(Protocol):
-    """A folded decoder made ready to run: `torch_flow.TorchFlow` or `triton_flow.TritonFlow`."""
+    """A folded decoder made ready to run: `TorchFlow`, `TritonFlow`, or `TunedFlow`, which has both."""
 
     weights: FlowWeights
 

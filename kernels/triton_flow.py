@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import WholeFlowConfig, select_whole_flow
+from cflow_fast.kernels.configs import WholeFlowConfig
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.linear import Positions
 from cflow_fast.kernels.phase_weights import PhaseWeights, operand_dtype
 from cflow_fast.kernels.phases import HiddenBias, Phases
 from cflow_fast.kernels.rows import Rows, loose_rows, map_rows
 from cflow_fast.kernels.torch_flow import MAX_TABLES, PositionalTables, positional_tables
+from cflow_fast.kernels.tuning import select_whole_flow
 from cflow_fast.kernels.weights import FlowWeights, HardMixing
 from cflow_fast.kernels.whole_flow import whole_flow_map, whole_flow_rows
 from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
@@ -74,19 +75,19 @@ class TritonFlow:
     @cached_property
     def whole(self) -> WholeFlowWeights:
         prepared = WholeFlowWeights.prepare(self.weights, self.precision)
-        _finish(self.weights.device)
+        finish(self.weights.device)
         return prepared
 
     @cached_property
     def prepared(self) -> PhaseWeights:
         prepared = PhaseWeights.prepare(self.weights, self.precision)
-        _finish(self.weights.device)
+        finish(self.weights.device)
         return prepared
 
     def _whole_config(self, rows: int, own_condition: bool = False) -> WholeFlowConfig | None:
         features = self.weights.features
         hard = isinstance(self.weights.mixing, HardMixing)
-        return select_whole_flow(self.chip.capability, features, rows, self.precision, own_condition, hard)
+        return select_whole_flow(self.chip, features, rows, self.precision, own_condition, hard)
 
     def _phases(
         self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
@@ -103,7 +104,7 @@ class TritonFlow:
         if tables is None:
             exact: PositionalTables = positional_tables(self.weights, encoding, operand_dtype(self.precision))
             tables = self.whole.tables(exact) if whole else self.prepared.positions(exact)
-            _finish(self.weights.device)
+            finish(self.weights.device)
             self._tables[height, width, whole] = tables
             while len(self._tables) > MAX_TABLES:
                 self._tables.popitem(last=False)
@@ -120,7 +121,7 @@ def _chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]
             yield slice(image, image + images), slice(line, line + lines)
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
     """What is kept for later calls has to be there for those on other streams too."""
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).synchronize()

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cflow_fast.kernels.configs import WholeFlowConfig, select_whole_flow
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import WholeFlowConfig
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.tuning import select_whole_flow
 from cflow_fast.kernels.whole_flow_kernel import whole_flow_kernel
 from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
 
@@ -171,10 +173,8 @@ def _entries(touched: int) -> int:
 
 
 def _select(features: Tensor, prepared: WholeFlowWeights, rows: int, own_condition: bool = False) -> WholeFlowConfig:
-    capability = torch.cuda.get_device_capability(features.device) if features.is_cuda else (9, 0)
-    config = select_whole_flow(
-        capability, prepared.weights.features, rows, prepared.precision, own_condition, prepared.hard
-    )
+    chip = Chip.of(features.device)
+    config = select_whole_flow(chip, prepared.weights.features, rows, prepared.precision, own_condition, prepared.hard)
     if config is None:
         raise ValueError(
             f"a decoder of {prepared.weights.features} features does not fit one kernel in {prepared.precision}"

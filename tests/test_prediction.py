@@ -109,6 +109,14 @@ def test_programs_that_share_a_multiprocessor_are_limited_by_registers_memory_an
     assert residents(replace(CODE, **changed), warps=8) == programs  # type: ignore[arg-type]
 
 
+def test_programs_that_are_not_launched_share_no_multiprocessor() -> None:
+    """There is room for two: only where two were launched does one's epilogue hide behind the other's loop."""
+    alone, shared = (predict(replace(product(), grid=(132 * n,)), CODE, H100) for n in (1, 2))
+    assert residents(CODE, product().options["num_warps"]) >= 2
+    assert (alone.resident, shared.resident) == (1, 2)
+    assert alone.seconds > shared.seconds
+
+
 def test_decoders_side_by_side_take_the_longest_chain_or_all_the_work() -> None:
     def chain(seconds: float, busy: float) -> list[Prediction]:
         found = predict(product(), CODE, H100)

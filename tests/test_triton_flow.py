@@ -20,11 +20,11 @@ from cflow_fast.kernels.configs import (
     LinearConfig,
     select_coupling,
     select_linear,
-    select_whole_flow,
 )
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.triton_flow import TritonFlow
+from cflow_fast.kernels.tuning import select_whole_flow
 from cflow_fast.positional import encoding_factors
 
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from cflow_fast.cli.parity import parity
 from cflow_fast.cli.predict import predict
 from cflow_fast.cli.test import test
 from cflow_fast.cli.train import train
+from cflow_fast.cli.tune import tune
 from cflow_fast.errors import CFlowFastError
 
 
@@ -52,5 +53,5 @@ class _Warnings(logging.Handler):
         click.echo(f"Note: {message}", err=True)
 
 
-for command in (train, test, predict, calibrate, info, demo, parity, bench):
+for command in (train, test, predict, calibrate, info, demo, parity, tune, bench):
     main.add_command(command)

@@ -24,14 +24,14 @@ from cflow_fast.files import check_writable
 Command = TypeVar("Command", bound=Callable[..., object])
 
 
-def _words(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
+def comma_words(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
     """Repeated options and comma-separated ones alike, in order, each once."""
     return tuple(dict.fromkeys(word.strip() for value in values for word in value.split(",") if word.strip()))
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[int, ...]:
+def comma_numbers(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[int, ...]:
     numbers = []
-    for word in _words(ctx, param, values):
+    for word in comma_words(ctx, param, values):
         if not (word.isascii() and word.isdigit() and int(word) > 0):
             raise click.BadParameter(f"{word!r} is no whole number above 0")
         numbers.append(int(word))
@@ -42,7 +42,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 
 def _choices(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
     def check(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
-        words = _words(ctx, param, values)
+        words = comma_words(ctx, param, values)
         for word in words:
             if word not in known:
                 raise click.BadParameter(f"{word!r} is none of {', '.join(known)}")
@@ -54,21 +54,23 @@ def _choices(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
 def size_option(*default: int) -> Callable[[Command], Command]:
     text = "Image size in pixels; again, or 256,512, for more."
     return click.option(
-        "--size", "sizes", multiple=True, default=tuple(map(str, default)), callback=_numbers, help=text
+        "--size", "sizes", multiple=True, default=tuple(map(str, default)), callback=comma_numbers, help=text
     )
 
 
 def batch_option(*default: int) -> Callable[[Command], Command]:
     text = "Images at once; 1,8,32 for several."
     return click.option(
-        "--batch", "batches", multiple=True, default=tuple(map(str, default)), callback=_numbers, help=text
+        "--batch", "batches", multiple=True, default=tuple(map(str, default)), callback=comma_numbers, help=text
     )
 
 
 def encoder_option(command: Command) -> Command:
     text = "A timm model; again, or comma separated, for more."
     default = ("wide_resnet50_2",)
-    return click.option("--encoder", "encoders", multiple=True, default=default, callback=_words, help=text)(command)
+    return click.option("--encoder", "encoders", multiple=True, default=default, callback=comma_words, help=text)(
+        command
+    )
 
 
 def permutations_option(*default: str) -> Callable[[Command], Command]:

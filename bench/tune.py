@@ -1,0 +1,230 @@
+"""Choosing by measurement: the engine of `cflow-fast tune` (by prediction: `tune_predicted`).
+
+Every candidate for each kernel that a decoder launches is timed alone, the rule's and the predicted one first; then
+the decoders side by side, and each as a whole through Triton and through the plain path, in a CUDA graph each. What a
+card says comes from a `Timer`, so that everything here runs without one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from cflow_fast.bench.headline import tail_launches
+from cflow_fast.bench.measurement import Ratio
+from cflow_fast.bench.tune_targets import Target, groups_of, most_frequent
+from cflow_fast.errors import CFlowFastError
+from cflow_fast.kernels import tuning
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import NUMBERS, TAIL_PRECISION, Config, Problem, candidates, rule
+from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.tuning import bucket
+from cflow_fast.kernels.tuning_table import Choice, DecoderProblem, Entry, Table
+
+TIE = 0.02
+"""A configuration has to be faster than the rule's by this share to take its place: tables stay as they are."""
+
+
+class LostCardError(CFlowFastError):
+    """The card answers nothing any more: there is no next candidate in this process."""
+
+
+class Timer(Protocol):
+    """What a card says; in tests anything. Raises LostCardError, or whatever a candidate fails with."""
+
+    def launch(self, launch: Launch) -> float:
+        """Seconds of a launch on the meta device, once it has memory."""
+
+    def decoder(self, target: Target, chosen: dict[Problem, Config]) -> Times:
+        """Seconds of the whole decoder, its kernels so configured, and of the plain path."""
+
+    def side_by_side(
+        self, group: Sequence[Target], standard: dict[Problem, Config], chosen: dict[Problem, Config]
+    ) -> Ratio:
+        """How many times faster decoders side by side are, configured as chosen rather than as by the standard."""
+
+
+class Times(NamedTuple):
+    triton: float
+    plain: float
+    faster: Ratio  # how many times faster the plain path is
+
+
+class Finding(NamedTuple):
+    """One line of what was found: about a kernel, about a decoder, or why there is nothing to say."""
+
+    target: str
+    kernel: tuple[Problem, Entry] | None = None
+    decoder: tuple[DecoderProblem, Choice] | None = None
+    note: str = ""
+
+
+def choose_by_measurement(
+    wanted: Sequence[Target],
+    chip: Chip,
+    timer: Timer,
+    until: float,
+    shipped: Table | None = None,
+    tails: Sequence[tuple[int, int, int]] = (),
+) -> Iterator[Finding]:
+    """Findings as they are made, so that an interruption keeps those before it; a later one about the same replaces it.
+
+    until: time.monotonic() at which it stops. shipped: the predictions to stand beside. tails: batch, scales, size of
+    the square anomaly maps. A problem is left half-tried rather than the time overrun: what was timed counts.
+    """
+    search = _Search(chip, timer, until, shipped)
+    for group in groups_of(wanted):
+        problems: dict[Target, set[Problem]] = {}
+        for target in group:
+            with tuning.trying({}):
+                launches = target.launches(chip)
+            problems[target] = set(launches)
+            for problem, same in launches.items():
+                if search.is_over:
+                    return
+                yield from search.try_all(
+                    problem, target.label, partial(_decoder_launch, target, chip, most_frequent(same))
+                )
+        if search.is_over:
+            return
+        yield from search.side_by_side(group, sorted(set.union(*problems.values())))
+        for target in group:
+            if search.is_over:
+                return
+            yield search.backend(target, problems[target])
+    for batch, scales, size in tails:
+        if search.is_over:
+            return
+        problem = Problem("tail", TAIL_PRECISION, bucket(batch), (scales, size, size))
+        label = f"anomaly map, {scales} scales, {batch} x {size} px"
+        yield from search.try_all(problem, label, partial(_tail_launch, batch, scales, size))
+
+
+def table_of(findings: Sequence[Finding], card: str, multiprocessors: int, facts: dict[str, Any]) -> Table:
+    kernels = dict(finding.kernel for finding in findings if finding.kernel)
+    decoders = dict(finding.decoder for finding in findings if finding.decoder)
+    return Table(card, multiprocessors, kernels, decoders, facts)
+
+
+class _Search:
+    def __init__(self, chip: Chip, timer: Timer, until: float, shipped: Table | None) -> None:
+        self.chip, self.timer, self.until = chip, timer, until
+        self.shipped = {} if shipped is None else shipped.kernels
+        self.seconds: dict[Problem, dict[Config, float]] = {}
+        self.chosen: dict[Problem, Config] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.until
+
+    def try_all(
+        self, problem: Problem, label: str, launch_of: Callable[[Problem, Config], Launch]
+    ) -> Iterator[Finding]:
+        if problem in self.seconds:
+            return
+        seconds = self.seconds[problem] = {}
+        first = [rule(problem, self.chip), self._standard(problem)]
+        for config in sorted(candidates(problem, self.chip), key=lambda config: config not in first):
+            if seconds and self.is_over:
+                break
+            try:
+                seconds[config] = self.timer.launch(launch_of(problem, config))
+            except LostCardError:
+                raise
+            except Exception as error:  # out of resources, or whatever a compiler says: the others are worth trying
+                yield Finding(label, note=f"{problem.kernel}: {config} was left out: {_reason(error)}")
+        if seconds:
+            best, usual = min(seconds, key=lambda config: seconds[config]), rule(problem, self.chip)
+            keeps = usual is not None and usual in seconds and seconds[best] > (1 - TIE) * seconds[usual]
+            yield self._choose(problem, usual if keeps and usual else best, label)
+
+    def side_by_side(self, group: Sequence[Target], problems: Sequence[Problem]) -> Iterator[Finding]:
+        """What is fastest alone may take from the decoders beside it more than it gains: then it is given back."""
+        standard = {problem: self._standard(problem) for problem in problems}
+        changed = {p: self.chosen[p] for p in problems if p in self.chosen and self.chosen[p] != standard[p]}
+        if not changed:
+            return
+        label = group[0].beside or group[0].label
+        try:
+            faster = self.timer.side_by_side(group, {p: c for p, c in standard.items() if c}, self.chosen)
+        except LostCardError:
+            raise
+        except Exception as error:
+            yield Finding(label, note=f"decoders were not timed side by side: {_reason(error)}")
+            return
+        if faster.high < 1:
+            yield Finding(label, note=f"side by side what is faster alone is slower, {faster}: given back")
+            for problem in changed:
+                config = standard[problem]
+                if config in self.seconds[problem]:
+                    yield self._choose(problem, config, label)
+
+    def backend(self, target: Target, problems: Iterable[Problem]) -> Finding:
+        try:
+            times = self.timer.decoder(target, {p: self.chosen[p] for p in problems if p in self.chosen})
+        except LostCardError:
+            raise
+        except Exception as error:  # the plain path may run out of memory where the kernels do not
+            return Finding(target.label, note=f"Triton and the plain path were not compared: {_reason(error)}")
+        backend = "plain" if times.faster.low > 1 else "triton"
+        triton_us, plain_us = (round(1e6 * seconds, 1) for seconds in times[:2])
+        tie = times.faster.low <= 1 <= times.faster.high
+        why = f"plain {plain_us} us, Triton {triton_us} us{', a tie' if tie else ''}: {backend}"
+        return Finding(target.label, decoder=(target.problem, Choice(backend, why, "measured", triton_us, plain_us)))
+
+    def _choose(self, problem: Problem, config: Config, label: str) -> Finding:
+        self.chosen[problem] = config
+        expected = self.shipped.get(problem)
+        predicted = expected.predicted_us if expected and expected.config == config else None
+        return Finding(label, kernel=(problem, Entry(config, predicted, round(1e6 * self.seconds[problem][config], 2))))
+
+    def _standard(self, problem: Problem) -> Config | None:
+        """What is launched before anything is measured."""
+        expected = self.shipped.get(problem)
+        return expected.config if expected else rule(problem, self.chip)
+
+
+def _decoder_launch(target: Target, chip: Chip, place: int, problem: Problem, config: Config) -> Launch:
+    with tuning.trying({problem: config}):
+        return target.launches(chip)[problem][place]
+
+
+def _tail_launch(batch: int, scales: int, size: int, problem: Problem, config: Config) -> Launch:
+    with tuning.trying({problem: config}):
+        return tail_launches(size, (batch,), (scales,))[0]
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def in_words(table: Table) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Headings and rows of what a table says about kernels, and of what it says about decoders."""
+    kernels = "kernel", "configuration", "predicted us", "measured us", "ratio"
+    decoders = "decoder", "the dispatcher takes"
+    return [
+        (kernels, [_kernel_row(problem, entry) for problem, entry in sorted(table.kernels.items())]),
+        (decoders, [_decoder_row(decoder, choice) for decoder, choice in sorted(table.decoders.items())]),
+    ]
+
+
+def _kernel_row(problem: Problem, entry: Entry) -> tuple[str, ...]:
+    names = zip(NUMBERS[problem.kernel], problem.numbers, strict=True)
+    what = [problem.kernel, problem.precision, f"{problem.rows} rows", *(f"{name} {number}" for name, number in names)]
+    times = (entry.predicted_us, entry.measured_us, entry.ratio)
+    return ", ".join(what), _short(entry.config), *("" if time is None else f"{time:g}" for time in times)
+
+
+def _decoder_row(decoder: DecoderProblem, choice: Choice) -> tuple[str, ...]:
+    what = f"D {decoder.features}, {decoder.permutations}, {decoder.precision}, {decoder.rows} rows"
+    return what, choice.why
+
+
+def _short(config: Config) -> str:
+    """Its numbers by name, those at their usual values left out."""
+    usual = {f.name: f.default for f in fields(config)}
+    values = {name: value for name, value in vars(config).items() if value != usual[name]}
+    return ", ".join(f"{name.removeprefix('block_')} {value}" for name, value in values.items())

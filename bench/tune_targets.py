@@ -1,0 +1,186 @@
+"""What is tuned: decoders on maps of one size, the problems that their launches pose, and candidates' launches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cflow_fast.bench.aot import compile_key
+from cflow_fast.bench.cases import BATCHES, HEADLINE_ENCODERS, PERMUTATIONS, SIZES, scales_of
+from cflow_fast.bench.headline import PRECISIONS, decoder_launches
+from cflow_fast.bench.kernel_times import CAPABILITY
+from cflow_fast.bench.specimens import META, specimen_weights
+from cflow_fast.decoder import FlowDecoder
+from cflow_fast.kernels import tuning
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import TAIL_PRECISION, Problem, candidates
+from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.tuning import bucket
+from cflow_fast.kernels.tuning_table import DecoderProblem
+from cflow_fast.kernels.weights import FlowWeights
+from cflow_fast.model import CFlowAD
+
+
+@dataclass(frozen=True)
+class Target:
+    """One decoder on the maps of a batch of images, in one of the kernels' precisions."""
+
+    features: int
+    height: int
+    width: int
+    batch: int
+    permutations: str
+    precision: str
+    condition: int = 128
+    blocks: int = 8
+    activation: str = "relu"
+    beside: str = ""  # decoders that run side by side have the same
+
+    @property
+    def label(self) -> str:
+        maps = f"{self.batch} x {self.height} x {self.width}"
+        return f"D {self.features}, {self.permutations}, {self.precision}, {maps}"
+
+    @property
+    def problem(self) -> DecoderProblem:
+        rows = bucket(self.batch * self.height * self.width)
+        return DecoderProblem(self.features, self.condition, self.blocks, self.permutations, self.precision, rows)
+
+    def weights(self) -> FlowWeights:
+        """On the meta device."""
+        soft = self.permutations == "soft"
+        return specimen_weights(self.features, soft, self._storage, self.condition, self.blocks, self.activation)
+
+    def maps(self) -> Tensor:
+        """On the meta device, as encoders give them."""
+        shape = (self.batch, self.features, self.height, self.width)
+        return torch.empty(shape, dtype=self._storage, device=META, memory_format=torch.channels_last)
+
+    def all_launches(self, chip: Chip) -> list[Launch]:
+        return decoder_launches(self.weights(), self.maps(), self.precision, chip)
+
+    def launches(self, chip: Chip) -> dict[Problem, list[Launch]]:
+        """Those of its launches that something is chosen for, by what it is chosen by, in buckets of rows."""
+        groups: dict[Problem, list[Launch]] = {}
+        for launch in self.all_launches(chip):
+            if (problem := problem_of(launch)) is not None:
+                groups.setdefault(problem, []).append(launch)
+        return groups
+
+    @property
+    def _storage(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def targets(
+    encoders: Sequence[str] = HEADLINE_ENCODERS,
+    precisions: Sequence[str] = PRECISIONS,
+    sizes: Sequence[int] = SIZES,
+    batches: Sequence[int] = BATCHES,
+) -> list[Target]:
+    """The decoders of encoders; raises EncoderError for a name that timm does not know. Each once."""
+    found = [
+        Target(
+            *(features, side, side, batch, permutations, precision),
+            beside=f"{encoder}, {permutations}, {precision}, {batch} x {size} px",
+        )
+        for encoder in encoders
+        for precision in precisions
+        for size in sizes
+        for batch in batches
+        for permutations in PERMUTATIONS
+        for features, side in zip(scales_of(encoder).channels, scales_of(encoder).sides(size), strict=True)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def tails(
+    encoders: Sequence[str] = HEADLINE_ENCODERS, sizes: Sequence[int] = SIZES, batches: Sequence[int] = BATCHES
+) -> list[tuple[int, int, int]]:
+    """Their anomaly maps: batch, scales, size. Each once."""
+    counts = dict.fromkeys(len(scales_of(encoder).channels) for encoder in encoders)
+    return [(batch, count, size) for count in counts for size in sizes for batch in batches]
+
+
+def model_targets(model: CFlowAD, batches: Sequence[int], precisions: Sequence[str]) -> list[Target]:
+    """A model's decoders on its encoder's maps of images of its size."""
+    maps = model.features(torch.zeros(1, 3, *model.image_size))
+    decoders: list[FlowDecoder] = list(model.decoders)  # type: ignore[arg-type]
+    return [
+        Target(
+            decoder.features,
+            features.shape[2],
+            features.shape[3],
+            batch,
+            "soft" if decoder.permute_soft else "hard",
+            precision,
+            decoder.condition,
+            decoder.coupling_blocks,
+            decoder.activation,
+            f"{precision}, {batch} images",
+        )
+        for precision in precisions
+        for batch in batches
+        for decoder, features in zip(decoders, maps, strict=True)
+    ]
+
+
+def groups_of(wanted: Sequence[Target]) -> list[list[Target]]:
+    """Those that run side by side."""
+    groups: dict[str, list[Target]] = {}
+    for target in wanted:
+        groups.setdefault(target.beside or target.label, []).append(target)
+    return list(groups.values())
+
+
+def problem_of(launch: Launch) -> Problem | None:
+    """What the configuration of a launch was chosen by, in buckets of rows; None where nothing is chosen."""
+    args, c = launch.args, launch.constexprs
+    match launch.kernel.__name__:
+        case "linear_kernel":
+            numbers = args["inputs"], args["outputs"], int(c["EPILOGUE"] == "rotate")
+            return Problem("linear", c["PRECISION"], bucket(args["rows"]), numbers)
+        case "coupling_kernel":
+            return Problem("coupling", c["PRECISION"], bucket(args["rows"]), (args["inputs"], args["half"]))
+        case "whole_flow_kernel":
+            rows = bucket(args["images"] * args["height"] * args["width"])
+            numbers = c["PASSIVE"] + c["ACTIVE"], int(c["CONDITION"] == "rows"), int(c["HARD"])
+            return Problem("whole_flow", c["PRECISION"], rows, numbers)
+        case "tail_kernel":
+            batch, height, width = args["result_ptr"].shape
+            return Problem("tail", TAIL_PRECISION, bucket(batch), (len(args["scales"]), height, width))
+    return None
+
+
+def most_frequent(launches: Sequence[Launch]) -> int:
+    """The place of a launch that stands for those like it: the first blocks read maps, the last leave sums."""
+    keys = [compile_key(launch, CAPABILITY) for launch in launches]
+    return keys.index(Counter(keys).most_common(1)[0][0])
+
+
+def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]:
+    """All that measuring launches of kernels alone: to be compiled beforehand."""
+    seen: set[Problem] = set()
+    for target in wanted:
+        places: dict[Problem, int] = {}
+        for trial in trials(target, chip, seen):
+            for problem, launches in trial.items():
+                yield launches[places.setdefault(problem, most_frequent(launches))]
+
+
+def trials(target: Target, chip: Chip, seen: set[Problem]) -> Iterator[dict[Problem, list[Launch]]]:
+    """A decoder's launches of problems not yet seen: by the rules, then each problem's next candidate at once."""
+    with tuning.trying({}):
+        by_rule = {problem: launches for problem, launches in target.launches(chip).items() if problem not in seen}
+    seen |= set(by_rule)
+    yield by_rule
+    options = {problem: candidates(problem, chip) for problem in by_rule}
+    for i in range(1, max(map(len, options.values()), default=0)):
+        tried = {problem: configs[i] for problem, configs in options.items() if i < len(configs)}
+        with tuning.trying(tried):
+            launches = target.launches(chip)
+        yield {problem: launches[problem] for problem in tried}

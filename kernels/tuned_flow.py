@@ -1,0 +1,74 @@
+"""A folded decoder on a GPU that takes, call by call, what the tuning table names: Triton's kernels or the plain path.
+
+Where the table says nothing, Triton. Loose rows (`rows`) always: maps are what is measured.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from cflow_fast.kernels import tuning
+from cflow_fast.kernels.flow import FlowResult
+from cflow_fast.kernels.torch_flow import TorchFlow
+from cflow_fast.kernels.triton_flow import TritonFlow, finish
+from cflow_fast.kernels.tuning_table import DecoderProblem
+from cflow_fast.kernels.weights import FlowWeights, mixing_kind
+
+
+class TunedFlow:
+    """Safe from several threads. What the plain path needs is made when the table first names it, in no capture."""
+
+    def __init__(self, weights: FlowWeights, precision: str, operand_dtype: torch.dtype) -> None:
+        self.weights = weights
+        self.triton = TritonFlow(weights, precision)
+        self.operand_dtype = operand_dtype
+        self._plain: TorchFlow | None = None
+        self._lock = threading.Lock()
+
+    def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
+        batch, _, height, width = features.shape
+        flow: TritonFlow | TorchFlow = self.triton
+        if self.backend(batch * height * width) == "plain":
+            flow = self._ready(height, width, encoding) or flow
+        return flow.log_prob_map(features, encoding)
+
+    def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
+        return self.triton.rows(z, condition, want_u)
+
+    def backend(self, rows: int) -> str:
+        """What the table names for so many positions at once."""
+        weights = self.weights
+        problem = DecoderProblem(
+            weights.features,
+            weights.condition,
+            weights.blocks,
+            mixing_kind(weights.mixing),
+            self.triton.precision,
+            rows,
+        )
+        chosen = tuning.choice(problem, self.triton.chip)
+        return "triton" if chosen is None or not self._as_measured() else chosen.backend
+
+    def _as_measured(self) -> bool:
+        """PyTorch's float32 products are float32, unless the caller switched tf32 on for the whole process."""
+        return self.operand_dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+
+    def _ready(self, height: int, width: int, encoding: tuple[Tensor, Tensor] | None) -> TorchFlow | None:
+        """The plain path with its tables for H x W; None where they would have to be made inside a capture."""
+        with self._lock:
+            plain = self._plain
+            if plain is None or (encoding is not None and (height, width) not in plain.tables):
+                if self._in_capture():
+                    return None
+                plain = plain or TorchFlow(self.weights, self.operand_dtype, packed=False)
+                if encoding is not None:
+                    plain._tables_for(height, width, encoding)
+                finish(self.weights.device)
+                self._plain = plain
+            return plain
+
+    def _in_capture(self) -> bool:
+        return self.weights.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
