@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,6 +102,8 @@ class CFlowAD(nn.Module):
         self._fused_from: object = None
         self._graphs: GraphCache | None = None
         self._graphs_of: object = None
+        self._fetched: list[list[float]] = []
+        self._fetched_from: object = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -126,17 +129,27 @@ class CFlowAD(nn.Module):
 
     @property
     def is_calibrated(self) -> bool:
-        return bool(self.log_prob_max.isfinite().all())
+        return all(map(math.isfinite, self._calibration[0]))
 
     @property
     def image_threshold(self) -> float | None:
         """Score above which an image is defective; None until there is one."""
-        return _number(self.thresholds[0])
+        return _number(self._calibration[1][0])
 
     @property
     def pixel_threshold(self) -> float | None:
         """Anomaly above which a pixel is in the mask; None until there is one."""
-        return _number(self.thresholds[1])
+        return _number(self._calibration[1][1])
+
+    @property
+    def _calibration(self) -> list[list[float]]:
+        """The maxima and the thresholds as numbers, fetched when they have changed: a fetch waits for the card."""
+        buffers = (self.log_prob_max, self.thresholds)
+        state = [_version(buffer) for buffer in buffers]
+        if state != self._fetched_from:
+            self._fetched = [buffer.tolist() for buffer in buffers]
+            self._fetched_from = state
+        return self._fetched
 
     def set_thresholds(self, image: float, pixel: float, false_alarm_rate: float | None = None) -> None:
         self.thresholds.copy_(torch.tensor([image, pixel]))
@@ -266,7 +279,7 @@ class CFlowAD(nn.Module):
     def _anomaly_map(self, log_probs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         if not self.is_calibrated:
             raise CFlowFastError("this model is not calibrated: train it, or run calibrate on good images first")
-        return anomaly_map(log_probs, size, self.log_prob_max.tolist())
+        return anomaly_map(log_probs, size, self._calibration[0])
 
     def _check_images(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != 3:
@@ -279,7 +292,7 @@ class CFlowAD(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What was made from the parameters is neither copied nor pickled."""
         derived: dict[str, Any] = {"_folded": [], "_folded_from": None, "_fused_encoder": None, "_fused_from": None}
-        derived |= {"_graphs": None, "_graphs_of": None}
+        derived |= {"_graphs": None, "_graphs_of": None, "_fetched": [], "_fetched_from": None}
         return self.__dict__ | derived
 
 
@@ -296,12 +309,14 @@ def _log_prob_per_dimension(folded: FoldedDecoder, features: Tensor) -> Tensor:
     return folded.log_prob(features) / folded.features
 
 
-def _number(value: Tensor) -> float | None:
-    number = value.item()
-    return None if np.isnan(number) else float(number)
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _versions(module: nn.Module) -> Iterator[tuple[int, int, int]]:
     """Changes whenever a parameter or buffer is exchanged, moved or written to."""
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        yield id(tensor), tensor.data_ptr(), tensor._version
+    return map(_version, itertools.chain(module.parameters(), module.buffers()))
+
+
+def _version(tensor: Tensor) -> tuple[int, int, int]:
+    return id(tensor), tensor.data_ptr(), tensor._version

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import SIZE, TINY, calibrated_model, read, same_tensors, tiny_model
+from torch import Tensor
 
 from cflow_fast.anomaly import anomaly_map
 from cflow_fast.decoder import FlowDecoder
@@ -173,6 +174,26 @@ def test_rate_that_so_few_images_cannot_promise_is_raised_with_a_warning(model: 
         model.calibrate_thresholds([0.1, 0.3, 0.2], 0.05)
     assert model.image_threshold == pytest.approx(0.3)
     assert model.false_alarm_rate.item() == pytest.approx(0.25)
+
+
+def test_calibration_is_fetched_once_for_every_change_of_it(model: CFlowAD, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fetch waits for the card."""
+    fetches: list[Tensor] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: fetches.append(tensor) or tolist(tensor))  # type: ignore[func-returns-value]
+    images = torch.rand(1, 3, SIZE, SIZE)
+    for count, change in enumerate((lambda: None, lambda: model.set_thresholds(0.5, 0.25), model.log_prob_max.zero_)):
+        change()
+        for _ in range(3):
+            assert model.is_calibrated
+            model(images)
+            assert (model.image_threshold, model.pixel_threshold) == tuple(map(float, model.thresholds.numpy()))
+        assert len(fetches) <= 2 * (count + 1)
+    assert model.image_threshold == 0.5
+    model.load_state_dict(model.state_dict() | {"thresholds": torch.tensor([0.75, 0.125])})
+    assert (model.image_threshold, model.pixel_threshold) == (0.75, 0.125)
+    model.log_prob_max.fill_(torch.nan)
+    assert not model.is_calibrated
 
 
 def test_thresholds_from_elsewhere_promise_nothing(model: CFlowAD) -> None:
