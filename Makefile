@@ -52,7 +52,7 @@ gpu:
 parity: $(READY)
 	$(BIN)/cflow-fast parity
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test,demo,lint]'

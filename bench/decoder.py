@@ -11,7 +11,7 @@ from torch import Tensor
 from cflow_fast import ops
 from cflow_fast.bench import peers
 from cflow_fast.bench.cases import Decoders
-from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, Built, Contender, UnavailableError, module_bytes, registry
+from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, Built, Contender, module_bytes, registry
 from cflow_fast.bench.measurement import matmul_precision
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
@@ -36,7 +36,7 @@ def plain(work: Decoders, precision: str) -> Built:
     flows = []
     for decoder in work.decoders:
         folded = _folded(decoder, precision)
-        flow = TorchFlow(folded.weights, folded.arithmetic.operands, packed=False)
+        flow = ops.torch_flow(folded.weights, folded.arithmetic)
         flows.append((flow, folded))
 
     def run(*features: Tensor) -> tuple[Tensor, ...]:
@@ -54,9 +54,7 @@ def products_alone(work: Decoders, precision: str) -> Built:
     runs: list[Callable[[], object]] = []
     for decoder, features in zip(work.decoders, work.features, strict=True):
         folded = _folded(decoder, precision)
-        flow = ops.prepare_flow(folded.weights, folded.arithmetic)
-        if not isinstance(flow, TorchFlow):
-            raise UnavailableError("not available", "the products are parts of kernels here")
+        flow = ops.torch_flow(folded.weights, folded.arithmetic)
         rows = features[:, 0].numel()
         for start in range(0, rows, CPU_CHUNK_ROWS):
             runs += _products(flow, min(CPU_CHUNK_ROWS, rows - start))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cflow_fast.kernels import registration
 from cflow_fast.kernels.anomaly_map import anomaly_map as _torch_anomaly_map
+from cflow_fast.kernels.cpu_flow import CpuFlow, Library, library
 from cflow_fast.kernels.registration import Flow
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.weights import FlowWeights
@@ -66,7 +67,20 @@ def prepare_flow(weights: FlowWeights, arithmetic: Arithmetic) -> Flow:
         from cflow_fast.kernels.tuned_flow import TunedFlow
 
         return TunedFlow(weights, precision, arithmetic.operands)
+    compiled = _compiled_for_cpu(weights, arithmetic)
+    if compiled is not None:
+        return CpuFlow(weights, compiled)
+    return torch_flow(weights, arithmetic)
+
+
+def torch_flow(weights: FlowWeights, arithmetic: Arithmetic) -> TorchFlow:
+    """By PyTorch's operations alone, the fastest that it has for the weights' device."""
     return TorchFlow(weights, arithmetic.operands, packed=_onednn_is_faster(weights, arithmetic))
+
+
+def implementation(flow: Flow) -> str:
+    """What a flow that `prepare_flow` made runs on: "torch", "triton", or "compiled" code of a CPU."""
+    return {TorchFlow: "torch", CpuFlow: "compiled"}.get(type(flow), "triton")
 
 
 def anomaly_map(log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequence[float] | None) -> Tensor:
@@ -104,6 +118,13 @@ def _triton_obstacle(device: torch.device) -> str | None:
 @functools.cache
 def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
+
+
+def _compiled_for_cpu(weights: FlowWeights, arithmetic: Arithmetic) -> Library | None:
+    """None where there is none, or PyTorch was asked for."""
+    forced = bool(os.environ.get("CFLOW_FAST_BACKEND"))
+    on_cpu = weights.device.type == "cpu" and weights.state_dtype == torch.float32
+    return library(arithmetic.operands) if on_cpu and not forced else None
 
 
 def _onednn_is_faster(weights: FlowWeights, arithmetic: Arithmetic) -> bool:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from cflow_fast import ops
 from cflow_fast.decoder import CLAMPS, FlowDecoder, gaussian_log_prob
 from cflow_fast.folded import FoldedDecoder
-from cflow_fast.positional import positional_encoding
+from cflow_fast.positional import encoding_factors, positional_encoding
 from cflow_fast.precision import arithmetic, multiplies_bf16
 
 SIZES = (64, 112, 160, 512, 1024, 2048, 41)
@@ -100,10 +100,25 @@ def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
         storage = arithmetic(precision, case.device).storage
         if storage not in folds:
             folds[storage] = case.decoder.fold(precision)
-        folded = FoldedDecoder(folds[storage].weights, precision)
-        ours = measure(folded.log_prob(case.features) / case.decoder.features, exact)
-        found = failures(kind, ours, theirs[kind])
-        yield Row(case.name, ops.backend(case.device), precision, ours, reference_name, theirs[kind], found)
+        for backend, log_prob in ways(FoldedDecoder(folds[storage].weights, precision)):
+            ours = measure(log_prob(case.features) / case.decoder.features, exact)
+            found = failures(kind, ours, theirs[kind])
+            yield Row(case.name, backend, precision, ours, reference_name, theirs[kind], found)
+
+
+def ways(folded: FoldedDecoder) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """Every implementation of a folded decoder that runs here, by its name; the one that it takes comes first."""
+    taken = ops.implementation(folded.flow)
+    yield taken, folded.log_prob
+    if taken == "compiled":
+        flow = ops.torch_flow(folded.weights, folded.arithmetic)
+
+        def by_torch(features: Tensor) -> Tensor:
+            condition = encoding_factors(folded.condition, *features.shape[2:]) if folded.condition else None
+            with torch.no_grad():
+                return flow.log_prob_map(features, condition)
+
+        yield "torch", by_torch
 
 
 def yardstick_of(precision: str, device: torch.device) -> str:

@@ -12,7 +12,8 @@ condition is never concatenated, no permutation's inverse is kept, the last perm
 Where to read on:
     weights       what a folded decoder consists of, with shapes
     flow          the loop over the blocks in plain PyTorch: what everything else must agree with
-    products, torch_flow      its products on a CPU; from feature maps to log-likelihoods
+    products, torch_flow      its products by PyTorch; from feature maps to log-likelihoods
+    cpu/flow.h, cpu_flow      all of it in one call of compiled code on a CPU, epilogues inside the products
     triton_flow   the same calls on a GPU: a narrow decoder whole, a wide one in phases
     whole_flow    all blocks in one launch, the state in registers        (_kernel, _halves, _mixing, _weights)
     phases        a few launches per block: linear (A, C) and coupling (B), with state, rows and tiles beside them

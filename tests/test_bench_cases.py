@@ -10,7 +10,7 @@ import torch
 
 from cflow_fast.bench import end_to_end, maps, peers, training
 from cflow_fast.bench.cases import ENCODERS, DecoderCase, Scales, decoder_flop, grid, scales_of
-from cflow_fast.bench.contenders import FLOOR, OURS, is_installed
+from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, is_installed
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.maps import MapCase, MapWork
 from cflow_fast.encoders import Encoder
@@ -71,10 +71,11 @@ def test_rotations_of_a_decoder_are_rotations_and_differ_from_block_to_block() -
 def test_peer_computes_the_likelihoods_that_it_is_timed_for(name: str) -> None:
     if not all(map(is_installed, CONTENDERS[name].packages)):
         pytest.skip(f"{name} is not installed")
-    work = CASE.work()
+    case = replace(CASE, batch=8)  # so many rows that the largest error of two arithmetics is about the same
+    work = case.work()
     built = CONTENDERS[name].build(work, "fp32")
     built.run()
-    judged = CASE.yardstick(work).judge(name, "fp32", built)  # type: ignore[union-attr]
+    judged = case.yardstick(work).judge(name, "fp32", built)  # type: ignore[union-attr]
     assert judged is not None
     assert judged.parity, judged.failures
 
@@ -99,7 +100,7 @@ def test_the_floor_makes_every_product_of_the_flow_once_and_no_likelihood(
     floor.run()
     alone = sorted(made)
     made.clear()
-    CONTENDERS[OURS].build(work, "fp32").run()
+    CONTENDERS[PLAIN].build(work, "fp32").run()
     assert alone == sorted(made)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from flows import rough_decoder
 
-from cflow_fast import FlowDecoder
+from cflow_fast import FlowDecoder, ops
 from cflow_fast.decoder import random_rotation
 from cflow_fast.folding import _CosineSine
 
@@ -180,7 +180,7 @@ def test_arithmetic_says_what_is_stored_and_multiplied(monkeypatch: pytest.Monke
     assert (folded.arithmetic.storage, folded.arithmetic.operands) == (torch.bfloat16, torch.float32)
     assert "this cpu has no bf16 multiplication: weights are stored in bf16, multiplied in fp32" in repr(folded)
     assert folded.get_buffer("w1").dtype == torch.bfloat16
-    assert folded.flow.operand_dtype == torch.float32
+    assert ops.torch_flow(folded.weights, folded.arithmetic).operand_dtype == torch.float32
     assert rough_decoder(FEATURES).fold("auto").precision == "fp32"
 
 

@@ -88,6 +88,7 @@ def test_card_without_triton_runs_pytorch_and_says_so_once(obstacle: str, monkey
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_products_are_chosen_by_what_the_cpu_reports(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "torch")
     monkeypatch.setattr("cflow_fast.ops.cpu_has", lambda feature: wide and feature == "avx512")
     flow = FlowDecoder(8, 4, 1).fold("fp32").flow
     packed = wide and torch.backends.mkldnn.is_available()

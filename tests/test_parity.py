@@ -15,19 +15,26 @@ from torch import Tensor
 
 from cflow_fast import FlowDecoder, parity
 from cflow_fast.folding import fold_weights
-from cflow_fast.kernels import torch_flow
+from cflow_fast.kernels import cpu_flow, torch_flow
+from cflow_fast.kernels.cpu_flow import library
 from cflow_fast.kernels.weights import FlowWeights
 from cflow_fast.parity import Case, Error, check, measure, model_cases, random_case, roughen
+from cflow_fast.precision import arithmetic
 
 CPU = torch.device("cpu")
 
 
 def assert_green(case: Case, reference: str = "FrEIA") -> None:
     rows = list(check(case))
-    assert [row.precision for row in rows] == ["fp32", "bf16"]
+    assert [(row.precision, row.backend) for row in rows] == [
+        (precision, backend)
+        for precision in ("fp32", "bf16")
+        for backend in ("compiled", "torch")
+        if backend == "torch" or library(arithmetic(precision, CPU).operands)
+    ]
     for row in rows:
         assert row.reference == reference
-        assert row.passed, f"{row.case} {row.precision}: {'; '.join(row.failures)}"
+        assert row.passed, f"{row.case} {row.backend} {row.precision}: {'; '.join(row.failures)}"
 
 
 @pytest.mark.parametrize("permute_soft", [False, True])
@@ -161,8 +168,8 @@ def test_planted_fault_turns_the_row_red(fault: str, permute_soft: bool, monkeyp
     monkeypatch.setattr(
         "cflow_fast.folded.fold_weights", lambda decoder, storage: plant(fold_weights(decoder, storage))
     )
-    red = [row.precision for row in check(random_case(64, permute_soft)) if not row.passed]
-    assert red == shown_in
+    rows = list(check(random_case(64, permute_soft)))
+    assert [row.passed for row in rows] == [row.precision not in shown_in for row in rows]
 
 
 def test_swapped_axes_turn_every_row_red(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,12 +180,14 @@ def test_swapped_axes_turn_every_row_red(monkeypatch: pytest.MonkeyPatch) -> Non
         return torch_flow.PositionalTables(right.columns, right.rows)
 
     monkeypatch.setattr(torch_flow, "positional_tables", swapped)
+    monkeypatch.setattr(cpu_flow, "positional_tables", swapped)
     assert not any(row.passed for row in check(random_case(64)))
 
 
 def test_result_that_is_not_finite_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cflow_fast.folded.fold_weights", lambda *args: _scaled("w2", math.nan)(fold_weights(*args)))
-    assert [row.failures for row in check(random_case(64))] == [["not finite"], ["not finite"]]
+    rows = list(check(random_case(64)))
+    assert [row.failures for row in rows] == [["not finite"]] * len(rows)
 
 
 # What is measured, and what is told
@@ -218,7 +227,8 @@ def test_yardstick_is_at_its_numbers(kind: str, ours: Error, theirs: Error, fail
 
 def test_rows_can_be_written_as_json() -> None:
     rows = [row.as_dict() for row in check(random_case(41, size=(1, 2, 3)), ["fp32"])]
-    (told,) = json.loads(json.dumps(rows))
+    *compiled, told = json.loads(json.dumps(rows))
+    assert [row["backend"] for row in compiled] == ["compiled"] * (library(torch.float32) is not None)
     assert told["case"] == "D=41 hard, C=128, relu, SOFTPLUS, tanh(s)"
     assert (told["backend"], told["precision"], told["reference"]) == ("torch", "fp32", "FrEIA")
     assert told["passed"] == (not told["failures"])

@@ -1,0 +1,1 @@
+#include "flow.h" /* compiled for CPUs with AVX2 and FMA */

@@ -1,0 +1,282 @@
+"""The implementation of a folded decoder by compiled code on a CPU: `cpu/flow.h`.
+
+The same calls as `torch_flow.TorchFlow`. The code is compiled when the package is installed, for AVX2 and AVX-512 in
+float32 and for AMX in bfloat16; where no compiler was there, or the CPU has none of these, `library` is None and
+PyTorch's products do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import math
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cflow_fast.kernels.flow import FlowResult
+from cflow_fast.kernels.torch_flow import MAX_TABLES, positional_tables
+from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
+
+INPUT_BYTES = 3 << 19
+"""Of a product's input that a thread works on at once: most of a second-level cache, the weights pass by."""
+MAX_PANELS = 8
+
+_VARIANTS = {
+    (torch.float32, "AVX2"): "_flow_avx2",
+    (torch.float32, "AVX512"): "_flow_avx512",
+    (torch.bfloat16, "AVX512"): "_flow_amx",
+}
+"""By what is multiplied and PyTorch's word for what the CPU has. Bfloat16 without AMX is oneDNN's: the vector
+instruction for it is slower than float32's on the CPU that it was tried on."""
+
+Address = ctypes.c_void_p
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Decoder(ctypes.Structure):
+    """`decoder` of flow.h."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices"),
+        ("clamp", ctypes.c_float),
+        ("log_scale", ctypes.c_double),
+        *_fields(Address, "w1 w1_condition w2_scale w2_shift b1 b2_scale b2_shift"),
+        *_fields(Address, "passive_by_passive passive_by_active active_by_passive active_by_active"),
+        *_fields(Address, "passive_offset active_offset v w output passive_output v_offset w_offset cosine sine"),
+        *_fields(Address, "passive_index active_index order gain shift output_gain output_shift"),
+    )
+
+
+class _Task(ctypes.Structure):
+    """`task` of flow.h."""
+
+    _fields_ = (
+        *_fields(Address, "features condition"),
+        *_fields(ctypes.c_int64, "rows height width"),
+        *_fields(ctypes.c_int64, "stride_image stride_feature stride_line stride_column stride_condition"),
+        *_fields(Address, "by_row by_column"),
+        *_fields(ctypes.c_int64, "table_rows table_columns"),
+        *_fields(Address, "log_prob log_det u memory"),
+        *_fields(ctypes.c_int64, "threads chunk_panels"),
+    )
+
+
+class Library:
+    """The compiled functions for one instruction set, and the tile that they work in."""
+
+    def __init__(self, path: Path, operand: torch.dtype) -> None:
+        functions = ctypes.CDLL(str(path))
+        self.operand = operand
+        self.run, self.memory = functions.cflow_fast_run, functions.cflow_fast_memory
+        for function, result in ((self.run, None), (self.memory, ctypes.c_int64)):
+            function.argtypes = [ctypes.POINTER(_Decoder), ctypes.POINTER(_Task)]
+            function.restype = result
+        self.vector, self.outputs = int(functions.cflow_fast_vector()), int(functions.cflow_fast_outputs())
+        self.inputs_together = int(functions.cflow_fast_inputs_together())
+
+    def whole_groups(self, outputs: int) -> int:
+        return math.ceil(outputs / self.outputs) * self.outputs
+
+
+@functools.cache
+def library(operand: torch.dtype) -> Library | None:
+    """The library that multiplies such operands on this CPU; None where there is none.
+
+    PyTorch is asked what the CPU has, so that ATEN_CPU_CAPABILITY lowers this too.
+    """
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # the threads are those of PyTorch
+        return None
+    name = _VARIANTS.get((operand, torch.backends.cpu.get_cpu_capability()))
+    if name is None or (operand == torch.bfloat16 and not may_use_amx()):
+        return None
+    file = library_file(name)
+    return None if file is None else Library(file, operand)
+
+
+def library_file(name: str) -> Path | None:
+    """Where a variant lies; None where it was not compiled."""
+    paths = [Path(__file__).with_name(f"{name}{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def may_use_amx() -> bool:
+    """Whether the CPU has it and the system lets this process use it, which has to be asked for."""
+    queries = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_init_amx"))
+    return all(query is not None and query() for query in queries)
+
+
+class CpuFlow:
+    """A folded decoder packed for one library; matrices that are stored in another precision than its are converted."""
+
+    def __init__(self, weights: FlowWeights, lib: Library) -> None:
+        self.weights, self.library = weights, lib
+        self._packed = _packed(weights, lib)
+        self._decoder = _Decoder(
+            blocks=weights.blocks,
+            passive=weights.passive,
+            active=weights.active,
+            hidden=weights.hidden,
+            condition=weights.condition,
+            softplus=weights.activation == "softplus",
+            hard=isinstance(weights.mixing, HardMixing),
+            matrices=weights.mixing.matrices if isinstance(weights.mixing, SoftMixing) else 0,
+            clamp=weights.clamp,
+            log_scale=weights.log_scale,
+            **{name: tensor.data_ptr() for name, tensor in self._packed.items()},
+        )
+        of_panel = 2 * lib.vector * lib.operand.itemsize * max(weights.passive, weights.hidden)
+        self.chunk_panels = max(1, min(MAX_PANELS, INPUT_BYTES // of_panel))
+        self.tables: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
+        """As TorchFlow.log_prob_map: natural log-likelihoods (B, H, W) of feature maps (B, D, H, W), float32."""
+        batch, _, height, width = features.shape
+        tables = None if encoding is None else self._tables_for(height, width, encoding)
+        return self._run(features.float(), None, tables, want_u=False).log_prob.view(batch, height, width)
+
+    def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
+        """As TorchFlow.rows: loose feature vectors (N, D) with a condition (N, C) each; u as (N, D)."""
+        if condition is not None and condition.stride(1) != 1:
+            condition = condition.contiguous()
+        c = None if condition is None else condition.float()
+        return self._run(z.float()[:, :, None, None], c, None, want_u)
+
+    def _run(
+        self, features: Tensor, condition: Tensor | None, tables: tuple[Tensor, Tensor] | None, want_u: bool
+    ) -> FlowResult:
+        batch, channels, height, width = features.shape
+        rows = batch * height * width
+        log_prob, log_det = torch.empty(rows), torch.empty(rows)
+        u = torch.empty(rows, channels) if want_u else None
+        if not rows:
+            return FlowResult(log_prob, log_det, u)
+        by_row, by_column = tables or (None, None)
+        image, feature, line, column = features.stride()
+        task = _Task(
+            features=features.data_ptr(),
+            condition=_address(condition),
+            rows=rows,
+            height=height,
+            width=width,
+            stride_image=image,
+            stride_feature=feature,
+            stride_line=line,
+            stride_column=column,
+            stride_condition=0 if condition is None else condition.stride(0),
+            by_row=_address(by_row),
+            by_column=_address(by_column),
+            table_rows=0 if by_row is None else by_row.shape[2],
+            table_columns=0 if by_column is None else by_column.shape[2],
+            log_prob=log_prob.data_ptr(),
+            log_det=log_det.data_ptr(),
+            u=_address(u),
+            threads=torch.get_num_threads(),
+            chunk_panels=self.chunk_panels,
+        )
+        memory = torch.empty(self.library.memory(self._decoder, task), dtype=torch.uint8)
+        task.memory = memory.data_ptr()
+        self.library.run(self._decoder, task)
+        return FlowResult(log_prob, log_det, u)
+
+    def _tables_for(self, height: int, width: int, encoding: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        tables = self.tables.get((height, width))
+        if tables is None:
+            exact = positional_tables(self.weights, encoding, torch.float32)
+            tables = self._table(exact.rows), self._table(exact.columns)
+            self.tables[(height, width)] = tables
+            while len(self.tables) > MAX_TABLES:
+                self.tables.popitem(last=False)
+        return tables
+
+    def _table(self, table: Tensor) -> Tensor:
+        """(K, positions, m) to (K, m, positions): outputs in whole groups, at least a vector of positions."""
+        _, positions, hidden = table.shape
+        return _filled(table.mT, self.library.whole_groups(hidden), max(positions, self.library.vector))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _filled(tensor: Tensor, *shape: int) -> Tensor:
+    """The last dimensions filled up with zeros, in float32."""
+    missing = [length - there for length, there in zip(shape, tensor.shape[-len(shape) :], strict=True)]
+    padding = [side for length in reversed(missing) for side in (0, length)]
+    return F.pad(tensor.to(torch.float32), padding).contiguous()
+
+
+def _packed(weights: FlowWeights, lib: Library) -> dict[str, Tensor]:
+    """The arrays of flow.h's decoder, by name."""
+    active, mixing = weights.active, weights.mixing
+    packed = {
+        "w1": _matrices(weights.w1, lib),
+        "b1": _vectors(weights.b1, lib),
+        "w2_scale": _matrices(weights.w2[:, :active], lib),
+        "b2_scale": _vectors(weights.b2[:, :active], lib),
+        "w2_shift": _matrices(weights.w2[:, active:], lib),
+        "b2_shift": _vectors(weights.b2[:, active:], lib),
+    }
+    if weights.w1_condition is not None:
+        packed["w1_condition"] = _matrices(weights.w1_condition, lib)
+    of_mixing = _soft(mixing, weights, lib) if isinstance(mixing, SoftMixing) else _hard(mixing, weights, lib)
+    return packed | of_mixing
+
+
+def _matrices(family: Tensor, lib: Library, at_least: int = 0) -> Tensor:
+    """(K, out, in) to groups of outputs as the library multiplies them; at_least: rows, the last ones zeros."""
+    blocks, rows, inputs = family.shape
+    step = lib.inputs_together
+    steps, groups = math.ceil(inputs / step), lib.whole_groups(max(rows, at_least)) // lib.outputs
+    whole = torch.zeros(blocks, groups * lib.outputs, steps * step, dtype=lib.operand)
+    whole[:, :rows, :inputs] = family
+    return whole.view(blocks, groups, lib.outputs, steps, step).transpose(2, 3).contiguous()
+
+
+def _vectors(family: Tensor, lib: Library) -> Tensor:
+    return _filled(family, lib.whole_groups(family.shape[1]))
+
+
+def _soft(mixing: SoftMixing, weights: FlowWeights, lib: Library) -> dict[str, Tensor]:
+    passive, half = weights.passive, lib.whole_groups(weights.passive)
+    first, second = slice(passive), slice(passive, None)
+    unpaired = passive - weights.active  # a passive feature without a partner turns with cosine 1
+    cosine = torch.cat([mixing.cosine, torch.ones(len(mixing.cosine), unpaired)], 1)
+    return {
+        "passive_by_passive": _matrices(mixing.matrix[:, first, first], lib),
+        "passive_by_active": _matrices(mixing.matrix[:, first, second], lib),
+        "active_by_passive": _matrices(mixing.matrix[:, second, first], lib),
+        "active_by_active": _matrices(mixing.matrix[:, second, second], lib),
+        "passive_offset": _vectors(mixing.offset[:, first], lib),
+        "active_offset": _vectors(mixing.offset[:, second], lib),
+        "v": _matrices(mixing.passive, lib),
+        "v_offset": _vectors(mixing.passive_offset, lib),
+        "w": _matrices(mixing.active, lib, at_least=passive),
+        "w_offset": _filled(mixing.active_offset, half),
+        "cosine": _filled(cosine, half),
+        "sine": _filled(mixing.sine, half),
+        "output": _matrices(mixing.output, lib),
+        "passive_output": _matrices(mixing.passive_output, lib),
+    }
+
+
+def _hard(mixing: HardMixing, weights: FlowWeights, lib: Library) -> dict[str, Tensor]:
+    half = lib.whole_groups(weights.passive)
+    active = torch.full((weights.blocks, half), weights.features, dtype=torch.int32)
+    active[:, : weights.active] = mixing.active
+    return {
+        "passive_index": mixing.passive.contiguous(),
+        "active_index": active,
+        "order": mixing.order.contiguous(),
+        "gain": _filled(mixing.gain, half),
+        "shift": _filled(mixing.shift, half),
+        "output_gain": _vectors(mixing.output_gain[None], lib)[0],
+        "output_shift": _vectors(mixing.output_shift[None], lib)[0],
+    }

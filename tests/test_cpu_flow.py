@@ -1,0 +1,435 @@
+"""Compiled code for CPUs: teams of threads, chunks, tails, memory, its own functions, faults, and the choice of it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import rough_decoder
+from torch import Tensor
+
+from cflow_fast import ops
+from cflow_fast.kernels import cpu_flow
+from cflow_fast.kernels.cpu_flow import CpuFlow, Library, library, library_file
+from cflow_fast.kernels.flow import FlowResult
+from cflow_fast.kernels.torch_flow import TorchFlow
+from cflow_fast.kernels.weights import FlowWeights, SoftMixing
+from cflow_fast.positional import encoding_factors
+from cflow_fast.precision import arithmetic, cpu_has
+
+SOURCES = Path(cpu_flow.__file__).with_name("cpu")
+CPU = torch.device("cpu")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+VARIANTS: dict[str, tuple[torch.dtype, str, list[str]]] = {
+    "avx2": (torch.float32, "avx2", []),
+    "avx512": (torch.float32, "avx512", AVX512),
+    "amx": (torch.bfloat16, "amx_bf16", [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
+}
+BOUND = {torch.float32: 3e-6, torch.bfloat16: 0.05}
+"""Of the deviation of log p / D, for decoders of few features."""
+MAPS = [(1, 1, 1), (2, 5, 7), (3, 16, 16), (1, 20, 33), (1, 32, 32), (5, 1, 40), (2, 8, 8)]
+
+needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+
+
+def built(name: str) -> Library:
+    """The variant as the package was installed with it; skips where it is missing or the CPU cannot run it."""
+    operand, feature, _ = VARIANTS[name]
+    path = library_file(f"_flow_{name}")
+    if path is None or library(torch.float32) is None or not cpu_has(feature):
+        pytest.skip(f"no compiled code for {name} here")
+    if name == "amx" and not cpu_flow.may_use_amx():
+        pytest.skip("this process may not use AMX")
+    return Library(path, operand)
+
+
+@pytest.fixture(params=VARIANTS)
+def lib(request: pytest.FixtureRequest) -> Library:
+    return built(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _stale_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has written is NaN in every precision."""
+
+    def stale(*shape: int, **options: Any) -> Tensor:
+        tensor = torch.zeros(*shape, **options)
+        tensor.view(torch.uint8).fill_(255)
+        return tensor
+
+    monkeypatch.setattr(cpu_flow, "torch", _With(torch, empty=stale))
+
+
+class _With:
+    """A module with some of its names replaced."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        self.__dict__.update(names, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def weights_of(features: int, condition: int, operand: torch.dtype, **options: Any) -> FlowWeights:
+    decoder = rough_decoder(features, condition=condition, **options)
+    return decoder.fold("bf16" if operand == torch.bfloat16 else "fp32").weights
+
+
+def exact(weights: FlowWeights) -> TorchFlow:
+    """The same weights multiplied in float32."""
+    return TorchFlow(weights, torch.float32, packed=False)
+
+
+def assert_close(ours: Tensor, expected: Tensor, features: int, operand: torch.dtype) -> None:
+    assert ours.shape == expected.shape
+    assert ((ours - expected) / features).abs().max() < BOUND[operand]
+
+
+def assert_same_rows(ours: FlowResult, expected: FlowResult, operand: torch.dtype) -> None:
+    assert ours.u is not None
+    assert expected.u is not None
+    features = expected.u.shape[1]
+    assert_close(ours.log_prob, expected.log_prob, features, operand)
+    assert_close(ours.log_det, expected.log_det, features, operand)
+    torch.testing.assert_close(ours.u, expected.u, rtol=0, atol=30 * BOUND[operand])
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize(("features", "condition"), [(24, 8), (25, 0), (97, 16)])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_division_of_the_rows_gives_the_same(
+    lib: Library, count: int, features: int, condition: int, permute_soft: bool, threads: Any
+) -> None:
+    """Rows from one to several chunks of every thread: teams of one, teams of all, panels that end within an image."""
+    threads(count)
+    weights = weights_of(features, condition, lib.operand, permute_soft=permute_soft)
+    flow, expected = CpuFlow(weights, lib), exact(weights)
+    for flow.chunk_panels in (1, 3):
+        for batch, height, width in MAPS:
+            maps = torch.randn(batch, features, height, width)
+            encoding = encoding_factors(condition, height, width) if condition else None
+            ours, theirs = (each.log_prob_map(maps, encoding) for each in (flow, expected))
+            assert_close(ours, theirs, features, lib.operand)
+        z, c = torch.randn(70, features), torch.randn(70, condition) if condition else None
+        assert_same_rows(flow.rows(z, c, want_u=True), expected.rows(z, c, want_u=True), lib.operand)
+        assert flow.rows(z, c, want_u=False).u is None
+
+
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+def test_soft_permutations_stored_as_matrices(lib: Library, activation: str) -> None:
+    """All of them, and the first half of them, as wide decoders in bf16 have it."""
+    for features in (25, 1030):
+        weights = weights_of(features, 8, torch.bfloat16, permute_soft=True, activation=activation)
+        assert isinstance(weights.mixing, SoftMixing)
+        assert weights.mixing.matrices > 0
+        assert (weights.mixing.matrices < weights.blocks) == (features > 1000)
+        z, c = torch.randn(40, features), torch.randn(40, 8)
+        flow = CpuFlow(weights, lib)
+        assert_same_rows(flow.rows(z, c, want_u=True), exact(weights).rows(z, c, want_u=True), lib.operand)
+
+
+def test_conditions_and_features_in_any_strides(lib: Library) -> None:
+    weights = weights_of(24, 8, lib.operand)
+    flow = CpuFlow(weights, lib)
+    z, c = torch.randn(40, 24), torch.randn(40, 8)
+    expected = flow.rows(z, c, want_u=True)
+    for same_c in (c.t().contiguous().t(), torch.cat([c, c], 1)[:, :8], c.double()):
+        for same_z in (z.t().contiguous().t(), torch.cat([z, z], 1)[:, :24], z.double()):
+            for ours, theirs in zip(flow.rows(same_z, same_c, want_u=True), expected, strict=True):
+                assert torch.equal(ours, theirs)  # type: ignore[arg-type]
+
+
+def test_fewer_threads_than_asked_for_do_all_of_the_work() -> None:
+    built("avx2")
+    code = """
+import torch
+from cflow_fast import FlowDecoder
+features = torch.randn(1, 24, 9, 11)
+decoder = FlowDecoder(24, 8, 2).fold("fp32")
+torch.set_num_threads(1)
+alone = decoder.log_prob(features)
+torch.set_num_threads(4)
+torch.testing.assert_close(decoder.log_prob(features), alone)
+"""
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+
+
+def test_amx_leaves_the_tiles_of_other_libraries_as_they_were() -> None:
+    flow = CpuFlow(weights_of(64, 0, torch.bfloat16), built("amx"))
+    a, b, z = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16(), torch.randn(200, 64)
+    product, log_prob = a @ b, flow.rows(z, None, want_u=False).log_prob
+    for _ in range(3):
+        assert torch.equal(a @ b, product)
+        assert torch.equal(flow.rows(z, None, want_u=False).log_prob, log_prob)
+
+
+# Memory
+
+
+SANITIZED = """
+import ctypes, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+import test_cpu_flow as t
+from cflow_fast.kernels.cpu_flow import CpuFlow, Library
+from cflow_fast.positional import encoding_factors
+
+lib = Library(Path(sys.argv[2]), t.VARIANTS[sys.argv[3]][0])
+if sys.argv[3] == "amx":
+    torch.cpu._init_amx()
+for count in (1, 2, 3):
+    torch.set_num_threads(count)
+    for features, condition in ((24, 8), (25, 0)):
+        for permute_soft in (False, True):
+            weights = t.weights_of(features, condition, lib.operand, permute_soft=permute_soft)
+            flow = CpuFlow(weights, lib)
+            for batch, height, width in t.MAPS:
+                maps = torch.randn(batch, features, height, width)
+                flow.log_prob_map(maps, encoding_factors(condition, height, width) if condition else None)
+            flow.rows(torch.randn(70, features), torch.randn(70, condition) if condition else None, want_u=True)
+print("clean")
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_access_is_out_of_bounds(name: str, tmp_path: Path) -> None:
+    """Compiled again with the sanitizers for addresses and undefined behaviour, whose libraries come with gcc."""
+    built(name)
+    path = compiled(tmp_path, SOURCES / f"flow_{name}.c", name, "-g", "-O1", "-fsanitize=address,undefined")
+    runtimes = [_runtime("libasan.so"), _runtime("libubsan.so")]
+    if not all(map(os.path.isabs, runtimes)):
+        pytest.skip("gcc has no sanitizers here")
+    environment = os.environ | {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent), str(path), name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "clean", done.stderr[-3000:]
+    assert "runtime error" not in done.stderr
+
+
+def _runtime(name: str) -> str:
+    return subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+
+def compiled(folder: Path, source: Path, name: str, *options: str) -> Path:
+    path = folder / f"{name}.so"
+    flags = ["-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-mavx2", "-mfma", *VARIANTS[name][2]]
+    subprocess.run(["gcc", *flags, *options, str(source), "-o", str(path)], check=True, timeout=300)
+    return path
+
+
+# Epilogues
+
+
+@pytest.fixture(scope="module", params=["avx2", "avx512"])
+def functions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    built(request.param)
+    folder = tmp_path_factory.mktemp("functions")
+    loops = [
+        f"EXPORTED void {name}_of(const float *x, float *y, size n) "
+        f"{{ for (size i = 0; i < n; i += VECTOR) *(loose *)(y + i) = {name}(*(const loose *)(x + i)); }}"
+        for name in ("exponential", "hyperbolic_tangent", "softplus")
+    ]
+    (folder / "functions.c").write_text("\n".join([f'#include "{SOURCES / "flow.h"}"', *loops]))
+    return ctypes.CDLL(str(compiled(folder, folder / "functions.c", request.param, "-O2")))
+
+
+def applied(functions: Any, name: str, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    function = getattr(functions, f"{name}_of")
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    function(x.data_ptr(), y.data_ptr(), len(x))
+    return y
+
+
+FUNCTIONS = {"exponential": torch.exp, "hyperbolic_tangent": torch.tanh, "softplus": torch.nn.functional.softplus}
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "bound"),
+    [
+        ("exponential", -87.0, 88.0, 1.2e-7),
+        ("exponential", -1e-3, 1e-3, 1.2e-7),
+        ("hyperbolic_tangent", -30.0, 30.0, 2.0e-7),
+        ("hyperbolic_tangent", -1.0, 1.0, 2.0e-7),
+        ("hyperbolic_tangent", -1e-6, 1e-6, 1.0e-7),
+        ("softplus", -80.0, 80.0, 3.6e-7),
+        ("softplus", -1.0, 1.0, 3.6e-7),
+    ],
+)
+def test_functions_are_right_to_a_few_last_places(
+    functions: Any, name: str, low: float, high: float, bound: float
+) -> None:
+    x = torch.linspace(low, high, 1 << 18)
+    expected = FUNCTIONS[name](x.double())
+    error = (applied(functions, name, x) - expected).abs()
+    assert (error <= bound * expected.abs()).all()
+
+
+def test_functions_at_their_ends(functions: Any) -> None:
+    ends = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e30, -1e30, 200.0] * 2)
+    for name, function in FUNCTIONS.items():
+        y, expected = applied(functions, name, ends), function(ends)
+        assert torch.equal(y.isnan(), ends.isnan())
+        finite = expected.isfinite()
+        torch.testing.assert_close(y[finite], expected[finite], rtol=3e-7, atol=2e-38)
+        assert (y[expected.isinf()] > 1e38).all()
+
+
+# Teeth
+
+
+FAULTS = {
+    "log_det has the wrong sign": ("sum[r] += j;", "sum[r] -= j;"),
+    "s and t change places": ("WEIGHTS(d->w2_shift, block", "WEIGHTS(d->w2_scale, block"),
+    "rows and columns change places": ("pick(*(const loose *)row, line)", "pick(*(const loose *)row, column)"),
+    "a line is left out of the bias": ("all(row[first_line]) + ", ""),
+    "b2 is missing": ("x * exponential(j) + bias", "x * exponential(j)"),
+    "the rotation turns the other way": (
+        "a.at[o][r] * sine + b.at[o][r] * cosine",
+        "b.at[o][r] * cosine - a.at[o][r] * sine",
+    ),
+    "a stale half": (
+        "t->next_x1 = used;\n}\n\n/* The passive",
+        "t->next_x1 = used;\n    t->x1 = used;\n}\n\n/* The passive",
+    ),
+    "the last row is left out": ("left < ROWS ? (int)left : ROWS", "left < ROWS ? (int)left - 1 : ROWS"),
+    "a member's sums are forgotten": ("for (size m = 0; m < t->members; m++)", "for (size m = 0; m < 1; m++)"),
+    "padded outputs leak": (
+        "if (t->member) continue;\n        if (d->hard)",
+        "if (t->member) continue;\n        if (0)",
+    ),
+    "ReLU lets negatives pass": ("a.at[o][r] = at_least(a.at[o][r], 0.0f)", "a.at[o][r] = at_least(a.at[o][r], -1.0f)"),
+    "pending scales are not read": ("* gain[f] + shift[f]", "+ shift[f]"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_shows(fault: str, tmp_path: Path, threads: Any) -> None:
+    built("avx2")
+    right, wrong = FAULTS[fault]
+    source = (SOURCES / "flow.h").read_text()
+    assert source.count(right) >= 1, f"the code has changed: {right!r} is not in it"
+    (tmp_path / "flow.c").write_text(source.replace(right, wrong))
+    faulty = Library(compiled(tmp_path, tmp_path / "flow.c", "avx2", "-O1"), torch.float32)
+    threads(2)
+    assert max(_deviations(faulty)) > 10 * BOUND[torch.float32]
+
+
+def test_without_a_fault_none_shows(threads: Any) -> None:
+    threads(2)
+    assert max(_deviations(built("avx2"))) < BOUND[torch.float32]
+
+
+def _deviations(lib: Library) -> Iterator[float]:
+    """Of log p / D: small maps and lines of whole vectors, teams of one and of two, both permutations."""
+    for permute_soft in (False, True):
+        weights = weights_of(25, 8, torch.float32, permute_soft=permute_soft)
+        flow, expected = CpuFlow(weights, lib), exact(weights)
+        for batch, height, width in ((1, 4, 8), (1, 5, 7), (3, 16, 16)):
+            maps = torch.randn(batch, 25, height, width)
+            encoding = encoding_factors(8, height, width)
+            difference = flow.log_prob_map(maps, encoding) - expected.log_prob_map(maps, encoding)
+            yield (difference / 25).abs().nan_to_num(1.0).max().item()
+
+
+# The choice
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="for Linux on x86")
+def test_where_there_is_a_compiler_every_variant_was_compiled() -> None:
+    assert [name for name in VARIANTS if library_file(f"_flow_{name}") is None] == []
+
+
+def test_compiled_code_is_taken_where_it_is_there_and_torch_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = weights_of(24, 8, torch.float32)
+    how = arithmetic("fp32", CPU)
+    there = library(torch.float32)
+    assert isinstance(ops.prepare_flow(weights, how), CpuFlow if there else TorchFlow)
+    assert ops.implementation(ops.prepare_flow(weights, how)) == ("compiled" if there else "torch")
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "torch")
+    assert ops.implementation(ops.prepare_flow(weights, how)) == "torch"
+    monkeypatch.delenv("CFLOW_FAST_BACKEND")
+    monkeypatch.setattr(ops, "library", lambda operand: None)
+    assert ops.implementation(ops.prepare_flow(weights, how)) == "torch"
+
+
+def test_float64_is_multiplied_by_torch() -> None:
+    decoder = rough_decoder(24).double()
+    assert ops.implementation(decoder.fold().flow) == "torch"
+
+
+AMX = ("_is_amx_tile_supported", "_init_amx")
+
+
+@pytest.mark.parametrize(
+    ("operand", "capability", "units", "taken"),
+    [
+        (torch.float32, "AVX512", AMX, "_flow_avx512"),
+        (torch.float32, "AVX512", (), "_flow_avx512"),
+        (torch.float32, "AVX2", (), "_flow_avx2"),
+        (torch.float32, "DEFAULT", (), None),
+        (torch.bfloat16, "AVX512", AMX, "_flow_amx"),
+        (torch.bfloat16, "AVX512", AMX[:1], None),
+        (torch.bfloat16, "AVX512", (), None),
+        (torch.bfloat16, "AVX2", AMX, None),
+        (torch.float64, "AVX512", AMX, None),
+    ],
+)
+def test_library_is_chosen_by_what_pytorch_says_the_cpu_has(
+    operand: torch.dtype, capability: str, units: tuple[str, ...], taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _everything_compiled(monkeypatch, capability)
+    for query in AMX:
+        monkeypatch.setattr(torch.cpu, query, lambda query=query: query in units, raising=False)
+    assert library.__wrapped__(operand) == taken
+
+
+def test_without_the_file_or_without_openmp_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    _everything_compiled(monkeypatch, "AVX2")
+    assert library.__wrapped__(torch.float32) == "_flow_avx2"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", lambda path: False)
+        assert library.__wrapped__(torch.float32) is None
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert library.__wrapped__(torch.float32) is None
+
+
+def _everything_compiled(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu_flow, "Library", lambda path, operand: path.name.split(".")[0])
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name.startswith("_flow"))
+
+
+def test_weights_without_a_condition_are_packed_without_one() -> None:
+    lib = built("avx2")
+    weights = replace(weights_of(24, 8, torch.float32), w1_condition=None)
+    z = torch.randn(9, 24)
+    ours, theirs = (flow.rows(z, None, want_u=True) for flow in (CpuFlow(weights, lib), exact(weights)))
+    assert_same_rows(ours, theirs, torch.float32)
