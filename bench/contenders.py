@@ -19,7 +19,7 @@ PLAIN = "cflow-fast-plain"
 """The same folded weights through PyTorch's own products: what the kernels have to beat."""
 OUR_OWN = (OURS, PLAIN)
 FLOOR = "products-alone"
-"""Only the library's matrix products of the folded decoders: no contender, but what none that uses them can beat."""
+"""Only PyTorch's matrix products of the folded decoders: no contender, but what none that uses them can beat."""
 PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")
 
 

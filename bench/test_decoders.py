@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cflow_fast.bench.cases import ENCODERS, DecoderCase
-from cflow_fast.bench.contenders import FLOOR
+from cflow_fast.bench.contenders import FLOOR, PLAIN
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.results import Row
 from cflow_fast.decoder import FlowDecoder
@@ -36,10 +36,10 @@ def test_decoders_against_freia(measure: Callable[..., Row], permutations: str, 
     if precision == "bf16" and not multiplies_bf16(torch.device("cpu")):
         pytest.skip("this CPU does not multiply bf16: such decoders run in fp32")
     case = replace(CASE, batch=batch, permutations=permutations)
-    row = measure(case, CONTENDERS, "freia", precision, beside=[FLOOR])
+    row = measure(case, CONTENDERS, "freia", precision, beside=[PLAIN, FLOOR])
     assert row.speedup is not None
     over_the_floor = 1 / row.extra["speedups"][f"{FLOOR} {precision}"]["median"]
-    beside = f"it takes {over_the_floor:.2f} times as long as the library's matrix products alone"
+    beside = f"it takes {over_the_floor:.2f} times as long as PyTorch's matrix products alone"
     assert row.speedup.median >= bar(permutations, batch, precision), beside
 
 
