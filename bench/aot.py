@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cflow_fast.bench.compiled import Compiled, compile_launch
-from cflow_fast.bench.headline import Headline, headlines, tail_launches
+from cflow_fast.bench.headline import Headline, headlines, pointwise_launches, tail_launches
 from cflow_fast.bench.prediction import CARDS, Card, Prediction, predict, predict_together
 from cflow_fast.files import write_text
 from cflow_fast.kernels.chip import Chip
@@ -90,7 +90,8 @@ def faults(kernel: Kernel, compiled: Compiled) -> list[str]:
 
 def distinct(lines: Iterable[Headline], capability: int) -> dict[Key, Kernel]:
     kernels: dict[Key, Kernel] = {}
-    for launch in [launch for line in lines for launch in line.launches(CAPABILITIES[capability])] + tail_launches():
+    of_decoders = [launch for line in lines for launch in line.launches(CAPABILITIES[capability])]
+    for launch in of_decoders + tail_launches() + pointwise_launches():
         kernels.setdefault(compile_key(launch, capability), Kernel(launch, capability))
     return kernels
 

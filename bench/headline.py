@@ -15,6 +15,7 @@ from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.phase_weights import PhaseWeights
 from cflow_fast.kernels.phases import Phases
+from cflow_fast.kernels.pointwise import coupled_launch, rotated_launch
 from cflow_fast.kernels.rows import map_rows
 from cflow_fast.kernels.torch_flow import PositionalTables
 from cflow_fast.kernels.tuning import select_tail, select_whole_flow
@@ -105,6 +106,17 @@ def tail_launches(
             config = select_tail(scales, batch, size, size, Chip())
             score = _meta(batch, dtype=torch.int32)
             launches.append(plan_tail(maps, [0.0] * scales, None, _meta(batch, size, size), score, config))
+    return launches
+
+
+def pointwise_launches() -> list[Launch]:
+    """Between the plain path's products: a wide decoder's, in both precisions that it keeps between them."""
+    features, rows, launches = 512, 1024, []
+    for dtype in (torch.float32, torch.bfloat16):
+        half = _meta(features, rows, dtype=dtype)
+        sums, angle = _meta(features // 16, rows), _meta(features)
+        launches.append(coupled_launch(_meta(2 * features, rows, dtype=dtype), half, 1.9, _meta(features, rows), sums))
+        launches.append(rotated_launch(half, half, angle, angle, half, half))
     return launches
 
 

@@ -1,4 +1,5 @@
-"""The least that the plain path of a decoder could take on a card: PyTorch's operations, each at the card's rates.
+"""The least that the plain path of a decoder could take on a card: PyTorch's operations and the fused ones between its
+products, each at the card's rates.
 
 Counted without a card, by running the decoder on the meta device: products at the matrix rate, bytes at that of the L2
 cache where they fit it and of memory elsewhere, and the time from one launch to the next. Nothing real is as fast, so
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cflow_fast.bench.prediction import Card
 from cflow_fast.bench.specimens import META
+from cflow_fast.kernels.products import FusedProducts
 from cflow_fast.kernels.torch_flow import PositionalTables, TorchFlow
 from cflow_fast.kernels.weights import FlowWeights
 
@@ -39,6 +41,7 @@ def plain_at_least(weights: FlowWeights, maps: Tensor, card: Card) -> float:
         encoding = (torch.empty(0), torch.empty(0))  # not looked at
     rate = card.matrix["bf16" if flow.operand_dtype == torch.bfloat16 else "ieee"]
     with _Counted(card, rate) as counted, torch.no_grad():
+        flow.products = _FusedOnMeta(weights, flow.operand_dtype, counted)
         flow.log_prob_map(maps, encoding)
     return counted.seconds
 
@@ -53,12 +56,34 @@ class _Counted(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and not func.overloadpacket.__name__.startswith(NO_LAUNCH):
-            moved = _bytes(tree_leaves((args, kwargs))) + _bytes(tree_leaves(out))
             count = flop_registry.get(func.overloadpacket)
             flop = count(*args, **(kwargs or {}), out_val=out) if count else 0
-            bandwidth = self.card.l2 if moved < self.card.l2_bytes else self.card.memory
-            self.seconds += max(flop / self.rate, moved / bandwidth) + self.card.launch_seconds
+            self.add(flop, tree_leaves((args, kwargs, out)))
         return out
+
+    def add(self, flop: float, moved: Iterable[Any]) -> None:
+        """A launch that reads or writes every one of these once."""
+        size = _bytes(moved)
+        bandwidth = self.card.l2 if size < self.card.l2_bytes else self.card.memory
+        self.seconds += max(flop / self.rate, size / bandwidth) + self.card.launch_seconds
+
+
+class _FusedOnMeta(FusedProducts):
+    """Its kernels are counted in the place of running: they need memory."""
+
+    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, counted: _Counted) -> None:
+        super().__init__(weights, operand_dtype)
+        self.counted = counted
+
+    def coupled(self, block: int, hidden: Tensor, x2: Tensor, log_det: Tensor) -> Tensor:
+        s_and_t, y2 = self.product("w2", block, hidden), torch.empty(x2.shape, dtype=torch.float32, device=META)
+        self.counted.add(0, (s_and_t, x2, y2))
+        log_det += 0  # the sums of j join it
+        return y2
+
+    def rotated(self, v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        self.counted.add(0, (v, w, v, w))
+        return torch.empty_like(w), torch.empty_like(w)
 
 
 def _bytes(values: Iterable[Any]) -> int:

@@ -64,7 +64,10 @@ class CardTimer:
 
     def _decoder(self, target: Target, chosen: dict[Problem, Config]) -> Times:
         weights = filled(target.weights(), self.device)
-        flows = TritonFlow(weights, target.precision), TorchFlow(weights, weights.operand_dtype, packed=False)
+        flows = (
+            TritonFlow(weights, target.precision),
+            TorchFlow(weights, weights.operand_dtype, packed=False, fused=True),
+        )
         with tuning.trying(chosen), torch.no_grad():
             maps = self._maps(target)
             triton, plain = self._take_turns([captured(_call(flow, target, maps), self.device) for flow in flows])

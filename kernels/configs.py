@@ -98,6 +98,19 @@ class ReductionConfig:
     warps: int = 4
 
 
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """Of kernels/pointwise.py: a tile of features by consecutive rows."""
+
+    block_features: int
+    block_rows: int
+    warps: int
+
+
+POINTWISE = PointwiseConfig(16, 128, 4)
+"""Sixteen numbers a thread and array, read in whole lines of memory."""
+
+
 Tile = tuple[int, int, int, int, int]
 """Rows, outputs, inputs a step, warps, stages; of a coupling layer the outputs are columns of s and of t together."""
 

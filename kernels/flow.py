@@ -39,8 +39,12 @@ class Products(Protocol):
         """activation(matrix[name, block] x + its bias + add): a new tensor; `add` may be overwritten."""
         ...
 
-    def scaled_and_shifted(self, block: int, hidden: Tensor, scaled: Tensor) -> Tensor:
-        """scaled + t: the active half, never rounded before the sum; `scaled` may be overwritten."""
+    def coupled(self, block: int, hidden: Tensor, x2: Tensor, log_det: Tensor) -> Tensor:
+        """y2 = x2 exp(j) + t in the state's precision, with j = clamp tanh(s); adds the sums of j to log_det."""
+        ...
+
+    def rotated(self, v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        """cosine v - sine w and sine v + cosine w; the angles (features,)."""
         ...
 
 
@@ -70,9 +74,7 @@ def run_flow(
         x1, x2 = state.read(block)
         bias = None if hidden_bias is None else hidden_bias(block)
         hidden = products.product("w1", block, x1, add=bias, activation=weights.activation)
-        j = products.product("w2_scale", block, hidden, activation="tanh").to(weights.state_dtype).mul_(weights.clamp)
-        log_det += j.sum(products.feature_dim)
-        y2 = products.scaled_and_shifted(block, hidden, j.exp_().mul_(x2))
+        y2 = products.coupled(block, hidden, x2, log_det)
         state.write(block, x1, y2, last=block == weights.blocks - 1)
     norm = state.squared_norm()
     log_prob = log_det - 0.5 * (norm + weights.features * math.log(2 * math.pi))
@@ -169,10 +171,8 @@ class _SoftState(_State):
 
     def rotate(self, rotation: int) -> tuple[Tensor, Tensor]:
         dim = self.products.feature_dim
-        cosine, sine = self.per_feature(self.mixing.cosine[rotation]), self.per_feature(self.mixing.sine[rotation])
         paired = self.v.narrow(dim, 0, self.w.shape[dim])
-        rotated = (self.w * cosine).addcmul_(paired, sine)
-        q = (paired * cosine).addcmul_(self.w, sine, value=-1)
+        q, rotated = self.products.rotated(paired, self.w, self.mixing.cosine[rotation], self.mixing.sine[rotation])
         if paired.shape != self.v.shape:
             q = torch.cat([q, self.v.narrow(dim, -1, 1)], dim)
         return q, rotated

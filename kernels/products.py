@@ -8,7 +8,9 @@ activation in the product's own epilogue. Where the CPU's vector units are wide 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,34 @@ def product_families(weights: FlowWeights) -> dict[str, ProductFamily]:
     return table
 
 
-class MatmulProducts:
+class _Elementwise(ABC):
+    """What lies between the products, one PyTorch operation after the other."""
+
+    weights: FlowWeights
+    operand_dtype: torch.dtype
+    feature_dim: int
+
+    @abstractmethod
+    def product(
+        self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none"
+    ) -> Tensor: ...
+
+    def coupled(self, block: int, hidden: Tensor, x2: Tensor, log_det: Tensor) -> Tensor:
+        """t joins inside the product where that adds up in the state's precision, after it where it rounds."""
+        j = self.product("w2_scale", block, hidden, activation="tanh")
+        j = j.to(self.weights.state_dtype).mul_(self.weights.clamp)
+        log_det += j.sum(self.feature_dim)
+        scaled = j.exp_().mul_(x2)
+        if self.operand_dtype == scaled.dtype:
+            return self.product("w2_shift", block, hidden, add=scaled)
+        return scaled.add_(self.product("w2_shift", block, hidden))
+
+    def rotated(self, v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = (angle.unsqueeze(1 - self.feature_dim) for angle in (cosine, sine))
+        return (v * cosine).addcmul_(w, sine, value=-1), (w * cosine).addcmul_(v, sine)
+
+
+class MatmulProducts(_Elementwise):
     """Feature-major products by the library's matrix multiplication; operands are multiplied in `operand_dtype`."""
 
     feature_dim = 0
@@ -73,15 +102,29 @@ class MatmulProducts:
             y = torch.mm(matrix, x) if bias is None else torch.addmm(bias, matrix, x)
         return _activate(y, activation)
 
-    def scaled_and_shifted(self, block: int, hidden: Tensor, scaled: Tensor) -> Tensor:
-        return _added(self, block, hidden, scaled)
+
+class FusedProducts(MatmulProducts):
+    """On a card with Triton: s and t in one product, and what lies between the products in one launch each."""
+
+    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype) -> None:
+        super().__init__(weights, operand_dtype)
+        del self.matrices["w2_scale"], self.matrices["w2_shift"]
+        self.matrices["w2"] = ProductFamily(weights.w2.to(operand_dtype), weights.b2.to(operand_dtype).unsqueeze(2))
+
+    def coupled(self, block: int, hidden: Tensor, x2: Tensor, log_det: Tensor) -> Tensor:
+        y2, sums = pointwise().coupled(self.product("w2", block, hidden), x2.contiguous(), self.weights.clamp)
+        log_det += sums
+        return y2
+
+    def rotated(self, v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        return pointwise().rotated(v, w, cosine, sine)
 
 
-def _added(products: MatmulProducts | OneDnnProducts, block: int, hidden: Tensor, scaled: Tensor) -> Tensor:
-    """Inside the product where it accumulates in the state's precision, after it where it rounds its result."""
-    if products.operand_dtype == scaled.dtype:
-        return products.product("w2_shift", block, hidden, add=scaled)
-    return scaled.add_(products.product("w2_shift", block, hidden))
+def pointwise() -> Any:
+    """The module, which needs Triton: there may be none where it is not used."""
+    from cflow_fast.kernels import pointwise
+
+    return pointwise
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:
@@ -96,7 +139,7 @@ def _activate(y: Tensor, activation: str) -> Tensor:
             return y
 
 
-class OneDnnProducts:
+class OneDnnProducts(_Elementwise):
     """Row-major products on weights packed for oneDNN, float32 or bfloat16, on a CPU.
 
     A linear layer takes a bias and either an addition or an activation into its epilogue. In bf16 the first layer is
@@ -137,9 +180,6 @@ class OneDnnProducts:
         if activation == "softplus":
             return F.softplus(torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], ""))
         return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, activation, [], "")
-
-    def scaled_and_shifted(self, block: int, hidden: Tensor, scaled: Tensor) -> Tensor:
-        return _added(self, block, hidden, scaled)
 
     def _convolve(self, x: Tensor, matrix: Tensor, add: Tensor | None) -> Tensor:
         """relu(matrix x + add) as a 1 x 1 convolution over an image of one column."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast.kernels.flow import FlowResult, run_flow
-from cflow_fast.kernels.products import MatmulProducts, OneDnnProducts
+from cflow_fast.kernels.products import FusedProducts, MatmulProducts, OneDnnProducts
 from cflow_fast.kernels.weights import FlowWeights
 
 CPU_CHUNK_ROWS = 2048
@@ -33,16 +33,19 @@ class PositionalTables:
 
 
 class TorchFlow:
-    """A folded decoder prepared for one device: weights in the operand precision, packed where that is faster."""
+    """A folded decoder prepared for one device: weights in the operand precision, packed where that is faster.
 
-    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, packed: bool) -> None:
+    fused: with Triton's kernels between the products, on a card that runs them; the state is float32 then.
+    """
+
+    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, packed: bool, fused: bool = False) -> None:
         self.weights = weights
         self.operand_dtype = operand_dtype
-        self.products: MatmulProducts | OneDnnProducts = (
-            OneDnnProducts(weights, operand_dtype, CPU_CHUNK_ROWS // 2)
-            if packed
-            else MatmulProducts(weights, operand_dtype)
-        )
+        self.products: MatmulProducts | OneDnnProducts
+        if packed:
+            self.products = OneDnnProducts(weights, operand_dtype, CPU_CHUNK_ROWS // 2)
+        else:
+            self.products = (FusedProducts if fused else MatmulProducts)(weights, operand_dtype)
         self.tables: OrderedDict[tuple[int, int], PositionalTables] = OrderedDict()
 
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -63,7 +63,7 @@ class TunedFlow:
             if plain is None or (encoding is not None and (height, width) not in plain.tables):
                 if self._in_capture():
                     return None
-                plain = plain or TorchFlow(self.weights, self.operand_dtype, packed=False)
+                plain = plain or TorchFlow(self.weights, self.operand_dtype, packed=False, fused=True)
                 if encoding is not None:
                     plain._tables_for(height, width, encoding)
                 finish(self.weights.device)
