@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cflow_fast.kernels import registration
+from cflow_fast.kernels import cpu_map, registration
 from cflow_fast.kernels.anomaly_map import anomaly_map as _torch_anomaly_map
-from cflow_fast.kernels.cpu_flow import CpuFlow, Library, library
+from cflow_fast.kernels.cpu_flow import CpuFlow
+from cflow_fast.kernels.cpu_library import Library, library
 from cflow_fast.kernels.registration import Flow
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.weights import FlowWeights
@@ -90,7 +91,7 @@ def anomaly_map(log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequ
         chosen = "torch"
     wants_gradients = torch.is_grad_enabled() and any(log_prob.requires_grad for log_prob in log_probs)
     if wants_gradients or (chosen == "torch" and not torch.compiler.is_compiling()):
-        return _torch_anomaly_map(log_probs, size, maxima)[0]
+        return _eager_anomaly_map(log_probs, size, maxima, compiled=not wants_gradients)
     return registration.anomaly_map(log_probs, size, maxima, chosen)[0]
 
 
@@ -120,11 +121,27 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+def _eager_anomaly_map(
+    log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequence[float] | None, compiled: bool
+) -> Tensor:
+    first = log_probs[0]
+    usable = compiled and maxima is not None and first.device.type == "cpu" and not _is_forced()
+    if usable and all(log_prob.dtype == torch.float32 for log_prob in log_probs):
+        code = library(torch.float32)
+        if code is not None:
+            assert maxima is not None
+            return cpu_map.anomaly_map(log_probs, size, maxima, code)[0]
+    return _torch_anomaly_map(log_probs, size, maxima)[0]
+
+
+def _is_forced() -> bool:
+    return bool(os.environ.get("CFLOW_FAST_BACKEND"))
+
+
 def _compiled_for_cpu(weights: FlowWeights, arithmetic: Arithmetic) -> Library | None:
     """None where there is none, or PyTorch was asked for."""
-    forced = bool(os.environ.get("CFLOW_FAST_BACKEND"))
     on_cpu = weights.device.type == "cpu" and weights.state_dtype == torch.float32
-    return library(arithmetic.operands) if on_cpu and not forced else None
+    return library(arithmetic.operands) if on_cpu and not _is_forced() else None
 
 
 def _onednn_is_faster(weights: FlowWeights, arithmetic: Arithmetic) -> bool:

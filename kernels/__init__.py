@@ -14,10 +14,12 @@ Where to read on:
     flow          the loop over the blocks in plain PyTorch: what everything else must agree with
     products, torch_flow      its products by PyTorch; from feature maps to log-likelihoods
     cpu/flow.h, cpu_flow      all of it in one call of compiled code on a CPU, epilogues inside the products
+    cpu/map.h, cpu_map        the anomaly map there, every pixel written once; cpu_library: which variant a CPU runs
     triton_flow   the same calls on a GPU: a narrow decoder whole, a wide one in phases
     whole_flow    all blocks in one launch, the state in registers        (_kernel, _halves, _mixing, _weights)
     phases        a few launches per block: linear (A, C) and coupling (B), with state, rows and tiles beside them
-    anomaly_map, anomaly_tail  exp, upsample, sum over scales, score: in PyTorch, in one launch
+    anomaly_map, anomaly_tail exp, upsample, sum over scales, score: in PyTorch, in one launch
+    pointwise     what the plain path fuses between its products on a GPU
     configs       every tile shape, and how one is chosen; lang: what kernels are written in; chip: the card
     tuning        tables before rules (tuning_table: as a file); tuned_flow: Triton or the plain path
     registration  the operations as PyTorch knows them; capture: streams and CUDA graphs

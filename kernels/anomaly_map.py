@@ -27,7 +27,7 @@ def anomaly_map(
     total = torch.zeros(())
     for scale, log_prob in enumerate(log_probs):
         peak = _finite_max(log_prob) if maxima is None else maxima[scale]
-        probability = torch.exp(log_prob - peak).masked_fill_(~log_prob.isfinite(), torch.nan)
+        probability = torch.exp(log_prob - peak).masked_fill(~log_prob.isfinite(), torch.nan)
         if maxima is not None:
             probability = probability.clamp(max=1.0)
         upsampled = F.interpolate(probability.unsqueeze(1), size=size, mode="bilinear", align_corners=True).squeeze(1)

@@ -1,23 +1,16 @@
-"""The implementation of a folded decoder by compiled code on a CPU: `cpu/flow.h`.
-
-The same calls as `torch_flow.TorchFlow`. The code is compiled when the package is installed, for AVX2 and AVX-512 in
-float32 and for AMX in bfloat16; where no compiler was there, or the CPU has none of these, `library` is None and
-PyTorch's products do the work.
-"""
+"""The implementation of a folded decoder by compiled code on a CPU: `cpu/flow.h`, the calls as `TorchFlow` has them."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.machinery
 import math
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cflow_fast.kernels.cpu_library import Address, Library, address, fields
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import MAX_TABLES, positional_tables
 from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
@@ -26,32 +19,18 @@ INPUT_BYTES = 3 << 19
 """Of a product's input that a thread works on at once: most of a second-level cache, the weights pass by."""
 MAX_PANELS = 8
 
-_VARIANTS = {
-    (torch.float32, "AVX2"): "_flow_avx2",
-    (torch.float32, "AVX512"): "_flow_avx512",
-    (torch.bfloat16, "AVX512"): "_flow_amx",
-}
-"""By what is multiplied and PyTorch's word for what the CPU has. Bfloat16 without AMX is oneDNN's: the vector
-instruction for it is slower than float32's on the CPU that it was tried on."""
-
-Address = ctypes.c_void_p
-
-
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
 
 class _Decoder(ctypes.Structure):
     """`decoder` of flow.h."""
 
     _fields_ = (
-        *_fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices"),
+        *fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices"),
         ("clamp", ctypes.c_float),
         ("log_scale", ctypes.c_double),
-        *_fields(Address, "w1 w1_condition w2_scale w2_shift b1 b2_scale b2_shift"),
-        *_fields(Address, "passive_by_passive passive_by_active active_by_passive active_by_active"),
-        *_fields(Address, "passive_offset active_offset v w output passive_output v_offset w_offset cosine sine"),
-        *_fields(Address, "passive_index active_index order gain shift output_gain output_shift"),
+        *fields(Address, "w1 w1_condition w2_scale w2_shift b1 b2_scale b2_shift"),
+        *fields(Address, "passive_by_passive passive_by_active active_by_passive active_by_active"),
+        *fields(Address, "passive_offset active_offset v w output passive_output v_offset w_offset cosine sine"),
+        *fields(Address, "passive_index active_index order gain shift output_gain output_shift"),
     )
 
 
@@ -59,58 +38,14 @@ class _Task(ctypes.Structure):
     """`task` of flow.h."""
 
     _fields_ = (
-        *_fields(Address, "features condition"),
-        *_fields(ctypes.c_int64, "rows height width"),
-        *_fields(ctypes.c_int64, "stride_image stride_feature stride_line stride_column stride_condition"),
-        *_fields(Address, "by_row by_column"),
-        *_fields(ctypes.c_int64, "table_rows table_columns"),
-        *_fields(Address, "log_prob log_det u memory"),
-        *_fields(ctypes.c_int64, "threads chunk_panels"),
+        *fields(Address, "features condition"),
+        *fields(ctypes.c_int64, "rows height width"),
+        *fields(ctypes.c_int64, "stride_image stride_feature stride_line stride_column stride_condition"),
+        *fields(Address, "by_row by_column"),
+        *fields(ctypes.c_int64, "table_rows table_columns"),
+        *fields(Address, "log_prob log_det u memory"),
+        *fields(ctypes.c_int64, "threads chunk_panels"),
     )
-
-
-class Library:
-    """The compiled functions for one instruction set, and the tile that they work in."""
-
-    def __init__(self, path: Path, operand: torch.dtype) -> None:
-        functions = ctypes.CDLL(str(path))
-        self.operand = operand
-        self.run, self.memory = functions.cflow_fast_run, functions.cflow_fast_memory
-        for function, result in ((self.run, None), (self.memory, ctypes.c_int64)):
-            function.argtypes = [ctypes.POINTER(_Decoder), ctypes.POINTER(_Task)]
-            function.restype = result
-        self.vector, self.outputs = int(functions.cflow_fast_vector()), int(functions.cflow_fast_outputs())
-        self.inputs_together = int(functions.cflow_fast_inputs_together())
-
-    def whole_groups(self, outputs: int) -> int:
-        return math.ceil(outputs / self.outputs) * self.outputs
-
-
-@functools.cache
-def library(operand: torch.dtype) -> Library | None:
-    """The library that multiplies such operands on this CPU; None where there is none.
-
-    PyTorch is asked what the CPU has, so that ATEN_CPU_CAPABILITY lowers this too.
-    """
-    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # the threads are those of PyTorch
-        return None
-    name = _VARIANTS.get((operand, torch.backends.cpu.get_cpu_capability()))
-    if name is None or (operand == torch.bfloat16 and not may_use_amx()):
-        return None
-    file = library_file(name)
-    return None if file is None else Library(file, operand)
-
-
-def library_file(name: str) -> Path | None:
-    """Where a variant lies; None where it was not compiled."""
-    paths = [Path(__file__).with_name(f"{name}{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    return next((path for path in paths if path.is_file()), None)
-
-
-def may_use_amx() -> bool:
-    """Whether the CPU has it and the system lets this process use it, which has to be asked for."""
-    queries = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_init_amx"))
-    return all(query is not None and query() for query in queries)
 
 
 class CpuFlow:
@@ -162,7 +97,7 @@ class CpuFlow:
         image, feature, line, column = features.stride()
         task = _Task(
             features=features.data_ptr(),
-            condition=_address(condition),
+            condition=address(condition),
             rows=rows,
             height=height,
             width=width,
@@ -171,19 +106,17 @@ class CpuFlow:
             stride_line=line,
             stride_column=column,
             stride_condition=0 if condition is None else condition.stride(0),
-            by_row=_address(by_row),
-            by_column=_address(by_column),
+            by_row=address(by_row),
+            by_column=address(by_column),
             table_rows=0 if by_row is None else by_row.shape[2],
             table_columns=0 if by_column is None else by_column.shape[2],
             log_prob=log_prob.data_ptr(),
             log_det=log_det.data_ptr(),
-            u=_address(u),
+            u=address(u),
             threads=torch.get_num_threads(),
             chunk_panels=self.chunk_panels,
         )
-        memory = torch.empty(self.library.memory(self._decoder, task), dtype=torch.uint8)
-        task.memory = memory.data_ptr()
-        self.library.run(self._decoder, task)
+        self.library.run("flow", task, self._decoder)
         return FlowResult(log_prob, log_det, u)
 
     def _tables_for(self, height: int, width: int, encoding: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -200,10 +133,6 @@ class CpuFlow:
         """(K, positions, m) to (K, m, positions): outputs in whole groups, at least a vector of positions."""
         _, positions, hidden = table.shape
         return _filled(table.mT, self.library.whole_groups(hidden), max(positions, self.library.vector))
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _filled(tensor: Tensor, *shape: int) -> Tensor:

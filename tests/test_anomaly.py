@@ -181,3 +181,9 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         anomaly_map(scales, size, maxima)
+
+
+@pytest.mark.parametrize("maxima", [None, [0.5, 0.25]])
+def test_gradients_are_those_of_the_formula(maxima: list[float] | None) -> None:
+    scales = [torch.randn(2, n, n, dtype=torch.float64).requires_grad_() for n in (3, 2)]
+    assert torch.autograd.gradcheck(lambda *given: anomaly_map(given, (5, 4), maxima), scales)

@@ -20,8 +20,10 @@ from flows import rough_decoder
 from torch import Tensor
 
 from cflow_fast import ops
-from cflow_fast.kernels import cpu_flow
-from cflow_fast.kernels.cpu_flow import CpuFlow, Library, library, library_file
+from cflow_fast.kernels import cpu_flow, cpu_library, cpu_map
+from cflow_fast.kernels.anomaly_map import anomaly_map
+from cflow_fast.kernels.cpu_flow import CpuFlow
+from cflow_fast.kernels.cpu_library import Library, library, library_file
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.weights import FlowWeights, SoftMixing
@@ -49,7 +51,7 @@ def built(name: str) -> Library:
     path = library_file(f"_flow_{name}")
     if path is None or library(torch.float32) is None or not cpu_has(feature):
         pytest.skip(f"no compiled code for {name} here")
-    if name == "amx" and not cpu_flow.may_use_amx():
+    if name == "amx" and not cpu_library.may_use_amx():
         pytest.skip("this process may not use AMX")
     return Library(path, operand)
 
@@ -75,7 +77,8 @@ def _stale_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor.view(torch.uint8).fill_(255)
         return tensor
 
-    monkeypatch.setattr(cpu_flow, "torch", _With(torch, empty=stale))
+    for module in (cpu_library, cpu_flow, cpu_map):
+        monkeypatch.setattr(module, "torch", _With(torch, empty=stale))
 
 
 class _With:
@@ -191,7 +194,9 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 import test_cpu_flow as t
-from cflow_fast.kernels.cpu_flow import CpuFlow, Library
+from cflow_fast.kernels import cpu_map
+from cflow_fast.kernels.cpu_flow import CpuFlow
+from cflow_fast.kernels.cpu_library import Library
 from cflow_fast.positional import encoding_factors
 
 lib = Library(Path(sys.argv[2]), t.VARIANTS[sys.argv[3]][0])
@@ -207,6 +212,8 @@ for count in (1, 2, 3):
                 maps = torch.randn(batch, features, height, width)
                 flow.log_prob_map(maps, encoding_factors(condition, height, width) if condition else None)
             flow.rows(torch.randn(70, features), torch.randn(70, condition) if condition else None, want_u=True)
+    for height, width in t.SIZES if sys.argv[3] != "amx" else ():
+        cpu_map.anomaly_map(t.scales_of(2), (height, width), [0.0, 0.5], lib)
 print("clean")
 """
 
@@ -234,6 +241,7 @@ def _runtime(name: str) -> str:
 def compiled(folder: Path, source: Path, name: str, *options: str) -> Path:
     path = folder / f"{name}.so"
     flags = ["-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-mavx2", "-mfma", *VARIANTS[name][2]]
+    flags += ["-I", str(SOURCES)]
     subprocess.run(["gcc", *flags, *options, str(source), "-o", str(path)], check=True, timeout=300)
     return path
 
@@ -298,6 +306,93 @@ def test_functions_at_their_ends(functions: Any) -> None:
         assert (y[expected.isinf()] > 1e38).all()
 
 
+# The anomaly map
+
+SIZES = [(1, 1), (7, 5), (16, 16), (1, 40), (33, 65), (3, 2)]
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def float_lib(request: pytest.FixtureRequest) -> Library:
+    return built(request.param)
+
+
+def scales_of(batch: int) -> list[Tensor]:
+    return [torch.randn(batch, 8, 9) - 2, torch.randn(batch, 4, 1) - 2]
+
+
+def assert_same_map(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_map_is_that_of_its_twin(
+    float_lib: Library, batch: int, size: tuple[int, int], count: int, threads: Any
+) -> None:
+    threads(count)
+    scales, maxima = scales_of(batch), [-1.0, 0.5]
+    assert_same_map(cpu_map.anomaly_map(scales, size, maxima, float_lib), anomaly_map(scales, size, maxima))
+
+
+def test_map_of_scales_in_any_strides_and_of_many(float_lib: Library) -> None:
+    scales = [torch.randn(7, 5, 3).permute(2, 1, 0) - 2, *(torch.randn(3, n, n + 1) - 2 for n in range(1, 10))]
+    maxima = [0.1 * k for k in range(10)]
+    assert_same_map(cpu_map.anomaly_map(scales, (20, 31), maxima, float_lib), anomaly_map(scales, (20, 31), maxima))
+
+
+def test_map_keeps_what_is_not_finite_to_its_neighbourhood_and_out_of_the_score(float_lib: Library) -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        scales = scales_of(3)
+        scales[0][1, 3, 4] = value
+        scales[1][2] = value
+        ours = cpu_map.anomaly_map(scales, (33, 65), [0.0, 0.0], float_lib)
+        assert_same_map(ours, anomaly_map(scales, (33, 65), [0.0, 0.0]))
+        assert ours[1].isnan().tolist() == [False, False, True]
+
+
+def test_map_of_likelihoods_far_above_and_below_the_maxima(float_lib: Library) -> None:
+    scales = [torch.tensor([[[5.0, -200.0, 3e38, -3e38]]])]
+    ours, score = cpu_map.anomaly_map(scales, (1, 4), [0.0], float_lib)
+    torch.testing.assert_close(ours, torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]), rtol=0, atol=1e-30)
+    assert score.tolist() == [1.0]
+
+
+MAP_FAULTS = {
+    "corners are not aligned": ("(float)(inputs - 1) / (float)(outputs - 1)", "(float)inputs / (float)outputs"),
+    "rows of the wrong image": ("(image * s->height + upper) * s->width", "upper * s->width"),
+    "weights change places": (
+        "* (1.0f - weight) + gather(from + 1, left) * weight",
+        "* weight + gather(from + 1, left) * (1.0f - weight)",
+    ),
+    "the cap is missing": ("at_most(exponential(x - s->maximum), 1.0f)", "exponential(x - s->maximum)"),
+    "the maximum is not taken off": ("exponential(x - s->maximum)", "exponential(x)"),
+    "the score sees columns that are not there": ("value[i] = -INFINITY", "value[i] = 9.0f"),
+    "not finite passes for 0": (
+        "store(probabilities + i * VECTOR, p + nothing)",
+        "store(probabilities + i * VECTOR, p)",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", MAP_FAULTS)
+def test_planted_fault_in_the_map_shows(fault: str, tmp_path: Path) -> None:
+    built("avx2")
+    right, wrong = MAP_FAULTS[fault]
+    source = (SOURCES / "map.h").read_text()
+    assert right in source, f"the code has changed: {right!r} is not in it"
+    (tmp_path / "map.c").write_text(source.replace(right, wrong) + '#include "flow.h"\n')
+    faulty = Library(compiled(tmp_path, tmp_path / "map.c", "avx2", "-O1"), torch.float32)
+    scales = scales_of(3)
+    scales[0][0, 0, 0], scales[0][1, 2, 2] = 4.0, -math.inf
+    with pytest.raises(AssertionError):
+        assert_same_map(
+            cpu_map.anomaly_map(scales, (33, 65), [-1.0, 0.5], faulty), anomaly_map(scales, (33, 65), [-1.0, 0.5])
+        )
+
+
 # Teeth
 
 
@@ -333,7 +428,7 @@ def test_planted_fault_shows(fault: str, tmp_path: Path, threads: Any) -> None:
     right, wrong = FAULTS[fault]
     source = (SOURCES / "flow.h").read_text()
     assert source.count(right) >= 1, f"the code has changed: {right!r} is not in it"
-    (tmp_path / "flow.c").write_text(source.replace(right, wrong))
+    (tmp_path / "flow.c").write_text(source.replace(right, wrong) + '#include "map.h"\n')
     faulty = Library(compiled(tmp_path, tmp_path / "flow.c", "avx2", "-O1"), torch.float32)
     threads(2)
     assert max(_deviations(faulty)) > 10 * BOUND[torch.float32]
@@ -380,6 +475,24 @@ def test_compiled_code_is_taken_where_it_is_there_and_torch_where_it_is_asked_fo
     assert ops.implementation(ops.prepare_flow(weights, how)) == "torch"
 
 
+def test_the_map_is_compiled_where_the_maxima_are_given_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library(torch.float32) is None:
+        pytest.skip("no compiled code here")
+    taken: list[int] = []
+    right = cpu_map.anomaly_map
+    monkeypatch.setattr(cpu_map, "anomaly_map", lambda *args: taken.append(1) or right(*args))  # type: ignore[func-returns-value]
+    scales, sure = scales_of(2), [0.0, 0.5]
+    expected = anomaly_map(scales, (9, 9), sure)[0]
+    torch.testing.assert_close(ops.anomaly_map(scales, (9, 9), sure), expected, rtol=1e-5, atol=2e-6)
+    assert len(taken) == 1
+    ops.anomaly_map(scales, (9, 9), None)
+    ops.anomaly_map([scale.double() for scale in scales], (9, 9), sure)
+    ops.anomaly_map([scale.clone().requires_grad_() for scale in scales], (9, 9), sure).sum().backward()
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "torch")
+    ops.anomaly_map(scales, (9, 9), sure)
+    assert len(taken) == 1
+
+
 def test_float64_is_multiplied_by_torch() -> None:
     decoder = rough_decoder(24).double()
     assert ops.implementation(decoder.fold().flow) == "torch"
@@ -423,7 +536,7 @@ def test_without_the_file_or_without_openmp_there_is_no_library(monkeypatch: pyt
 
 def _everything_compiled(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(cpu_flow, "Library", lambda path, operand: path.name.split(".")[0])
+    monkeypatch.setattr(cpu_library, "Library", lambda path, operand: path.name.split(".")[0])
     monkeypatch.setattr(Path, "is_file", lambda path: path.name.startswith("_flow"))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cflow_fast import FlowDecoder, parity
 from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import cpu_flow, torch_flow
-from cflow_fast.kernels.cpu_flow import library
+from cflow_fast.kernels.cpu_library import library
 from cflow_fast.kernels.weights import FlowWeights
 from cflow_fast.parity import Case, Error, check, measure, model_cases, random_case, roughen
 from cflow_fast.precision import arithmetic

@@ -13,31 +13,21 @@
    how operands are multiplied: see "Products". Sums, epilogues and the state are float32, what is added up per row float64. Symbols of
    OpenMP are those of the library that PyTorch has loaded. */
 
-#include <immintrin.h>
 #include <omp.h>
-#include <stdint.h>
 #include <string.h>
 
+#include "vectors.h"
+
 #if defined(__AMX_BF16__)
-#define VECTOR 16
 #define OUTPUTS 32
 #elif defined(__AVX512F__)
-#define VECTOR 16
 #define OUTPUTS 14
 #else
-#define VECTOR 8
 #define OUTPUTS 6
 #endif
 #define ROWS (2 * VECTOR)
 #define LN_2_PI 1.8378770664093454836
 
-typedef float vec __attribute__((vector_size(4 * VECTOR)));
-typedef int32_t ivec __attribute__((vector_size(4 * VECTOR)));
-typedef float whole __attribute__((vector_size(4 * VECTOR), may_alias));
-typedef float loose __attribute__((vector_size(4 * VECTOR), aligned(4)));
-typedef int64_t size;
-
-#define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline)) /* so that nothing around it takes its registers */
 #define EVERY_OUTPUT for (int o = 0; o < OUTPUTS; o++)
 #define EVERY_VECTOR for (int r = 0; r < 2; r++)
@@ -79,82 +69,12 @@ typedef struct {
     const float *by_row, *by_column;
     size table_rows, table_columns;
     float *log_prob, *log_det, *u;
-    char *memory; /* see cflow_fast_memory */
+    char *memory; /* see cflow_fast_flow_memory */
     size threads, chunk_panels;
 } task;
 
 INLINE size groups_of(size outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS; }
 INLINE size padded(size outputs) { return groups_of(outputs) * OUTPUTS; }
-INLINE vec all(float x) { return x - (vec){0}; }
-INLINE vec load(const float *p) { return (vec) * (const whole *)p; }
-INLINE void store(float *p, vec x) { *(whole *)p = (whole)x; }
-
-#if VECTOR == 16
-INLINE vec pick(vec table, ivec index) { return (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)table); }
-INLINE vec gather(const float *table, ivec index) { return (vec)_mm512_i32gather_ps((__m512i)index, table, 4); }
-INLINE vec nearest(vec x) { return (vec)_mm512_roundscale_ps((__m512)x, 8); }
-INLINE vec at_most(vec x, float bound) { return (vec)_mm512_min_ps((__m512)all(bound), (__m512)x); }
-INLINE vec at_least(vec x, float bound) { return (vec)_mm512_max_ps((__m512)all(bound), (__m512)x); }
-INLINE ivec integer(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
-#else
-INLINE vec pick(vec table, ivec index) { return (vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index); }
-INLINE vec gather(const float *table, ivec index) { return (vec)_mm256_i32gather_ps(table, (__m256i)index, 4); }
-INLINE vec nearest(vec x) { return (vec)_mm256_round_ps((__m256)x, 8); }
-INLINE vec at_most(vec x, float bound) { return (vec)_mm256_min_ps((__m256)all(bound), (__m256)x); }
-INLINE vec at_least(vec x, float bound) { return (vec)_mm256_max_ps((__m256)all(bound), (__m256)x); }
-INLINE ivec integer(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
-#endif
-
-INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
-INLINE vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
-INLINE vec signed_like(vec x, vec sign) { return (vec)((ivec)x | ((ivec)sign & (ivec)all(-0.0f))); }
-
-/* Elementary functions. NaN stays NaN: a bound gives its second operand back where a comparison is not possible. */
-
-/* Two units in the last place; 0 and infinity beyond float32's range come within a factor of its ends. */
-INLINE vec exponential(vec x) {
-    x = at_least(at_most(x, 88.3f), -87.3f);
-    vec n = nearest(x * 1.44269504089f);
-    vec r = (x - n * 0.693359375f) + n * 2.12194440055e-4f; /* ln 2 in two parts, the first of few digits */
-    vec p = all(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * (vec)((integer(n) + 127) << 23);
-}
-
-/* Near 0 by its series, so that small arguments keep their digits; else by exp. */
-INLINE vec hyperbolic_tangent(vec x) {
-    vec far = 1.0f - 2.0f / (exponential(2.0f * at_most(magnitude(x), 20.0f)) + 1.0f);
-    vec q = x * x;
-    vec p = all(-5.667040311e-3f); /* least maximum error on [0, 0.63]: 5e-9 relative */
-    p = p * q + 2.060623657e-2f;
-    p = p * q - 5.373002649e-2f;
-    p = p * q + 1.333133124e-1f;
-    p = p * q - 3.333327807e-1f;
-    vec near = x + x * q * p;
-    return choose(magnitude(x) < 0.625f, near, signed_like(far, x));
-}
-
-/* ln(1 + e^x) = max(x, 0) + ln(1 + y), y = e^-|x|, the logarithm by atanh(y / (2 + y)), an argument up to 1/3. */
-INLINE vec softplus(vec x) {
-    vec y = exponential(-magnitude(x));
-    vec z = y / (2.0f + y), q = z * z;
-    vec p = all(2.0f / 15);
-    p = p * q + 2.0f / 13;
-    p = p * q + 2.0f / 11;
-    p = p * q + 2.0f / 9;
-    p = p * q + 2.0f / 7;
-    p = p * q + 2.0f / 5;
-    p = p * q + 2.0f / 3;
-    p = p * q + 2.0f;
-    return at_least(x, 0.0f) + z * p;
-}
-
 /* Products. `multiply` adds those of one group of outputs with a panel of `inputs` features to a tile. `next`: memory
    to fetch meanwhile, `step` bytes for every input. `keep` stores two features of a panel as operands. */
 
@@ -673,15 +593,13 @@ static size memory_of(const decoder *d, const task *io, size members) {
     return lay_out(&t, 0) - (char *)0;
 }
 
-#define EXPORTED __attribute__((visibility("default")))
-
-/* Bytes of memory that `cflow_fast_run` wants at task.memory, at an address that 64 divides. */
-EXPORTED size cflow_fast_memory(const decoder *d, const task *io) {
+/* Bytes of memory that `cflow_fast_flow` wants at task.memory, at an address that 64 divides. */
+EXPORTED size cflow_fast_flow_memory(const decoder *d, const task *io) {
     int alone = work_alone(io, (io->rows + ROWS - 1) / ROWS);
     return alone ? io->threads * memory_of(d, io, 1) : memory_of(d, io, io->threads);
 }
 
-EXPORTED void cflow_fast_run(const decoder *d, const task *io) {
+EXPORTED void cflow_fast_flow(const decoder *d, const task *io) {
     size panels = (io->rows + ROWS - 1) / ROWS;
     int alone = work_alone(io, panels);
 #pragma omp parallel num_threads(io->threads)

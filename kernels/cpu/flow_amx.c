@@ -1,1 +1,2 @@
-#include "flow.h" /* compiled for CPUs with AMX: products in bfloat16 */
+/* Compiled for CPUs with AMX: products in bfloat16. */
+#include "flow.h"

@@ -1,1 +1,3 @@
-#include "flow.h" /* compiled for CPUs with AVX2 and FMA */
+/* Compiled for CPUs with AVX2 and FMA. */
+#include "flow.h"
+#include "map.h"

@@ -1,1 +1,3 @@
-#include "flow.h" /* compiled for CPUs with AVX-512 */
+/* Compiled for CPUs with AVX-512. */
+#include "flow.h"
+#include "map.h"
