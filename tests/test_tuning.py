@@ -6,6 +6,7 @@ import json
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import configs, tuning
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import LinearConfig, Problem, TailConfig, candidates, rule
+from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.triton_flow import TritonFlow
 from cflow_fast.kernels.tuned_flow import TunedFlow
@@ -380,14 +382,19 @@ def test_the_plain_path_is_made_when_it_is_first_needed_and_then_kept(monkeypatc
     flow, encoding = tuned_flow(), encoding_factors(CONDITION, *SIDES)
     flow.log_prob_map(torch.randn(1, FEATURES, *SIDES), encoding)
     assert not made
-    threads = [
-        threading.Thread(target=flow.log_prob_map, args=(torch.randn(2, FEATURES, *SIDES), encoding)) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run, interpreter = Launch.run, threading.Lock()  # which knows one thread
+
+    def one_by_one(launch: Launch) -> None:
+        with interpreter:
+            run(launch)
+
+    monkeypatch.setattr(Launch, "run", one_by_one)
+    maps = [torch.randn(2, FEATURES, *SIDES) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda one: flow.log_prob_map(one, encoding), maps))
     assert len(made) == 1
+    for answer, one in zip(answers, maps, strict=True):
+        torch.testing.assert_close(answer, flow.triton.log_prob_map(one, encoding), rtol=1e-5, atol=1e-4)
 
 
 def test_nothing_is_made_inside_a_capture(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
