@@ -59,4 +59,4 @@ $(READY): pyproject.toml $(wildcard kernels/cpu/*)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-output
+	rm -rf $(VENV) build *.egg-info demo-output kernels/*.so

@@ -18,6 +18,7 @@ from cflow_fast.kernels.phases import Phases
 from cflow_fast.kernels.pointwise import coupled_launch, rotated_launch
 from cflow_fast.kernels.rows import map_rows
 from cflow_fast.kernels.torch_flow import PositionalTables
+from cflow_fast.kernels.triton_flow import chunks
 from cflow_fast.kernels.tuning import select_tail, select_whole_flow
 from cflow_fast.kernels.weights import FlowWeights, HardMixing
 from cflow_fast.kernels.whole_flow import map_launch
@@ -74,9 +75,13 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
         whole = WholeFlowWeights.prepare(weights, precision)
         return [map_launch(features, whole, None if tables is None else whole.tables(tables), log_prob, config)]
     prepared = PhaseWeights.prepare(weights, precision)
-    phases = Phases(prepared, log_prob.numel(), chip)
     positions = None if tables is None else prepared.positions(tables)
-    return list(phases.launches(map_rows(features), positions, log_prob.view(-1), _meta(log_prob.numel())))
+    launches: list[Launch] = []
+    for images, lines in chunks(batch, height, width):
+        rows = map_rows(features[images, :, lines])
+        one, two = (_meta(rows.count) for _ in range(2))
+        launches += Phases(prepared, rows.count, chip).launches(rows, positions, one, two)
+    return launches
 
 
 def headlines(

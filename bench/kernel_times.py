@@ -20,7 +20,7 @@ from cflow_fast.kernels.launch import Launch
 
 CAPABILITY = 90
 """Predictions are counted from machine code for Hopper cards."""
-REPEATS, ROUNDS = 10, 7
+REPEATS, ROUNDS = 40, 7
 """Launches in one captured graph, and how often it is replayed; the median counts."""
 
 
@@ -93,11 +93,18 @@ def on_device(launch: Launch, device: torch.device) -> Launch:
     """The same launch with memory behind its meta tensors: small random values, permutations, counters at zero."""
 
     def real(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return (
+                type(value)(*(real(name, part) for part in value))
+                if hasattr(value, "_fields")
+                else tuple(real(name, part) for part in value)
+            )
         if not isinstance(value, Tensor):
             return value
         memory = _memory(value, device)
-        if "index" in name:  # every feature once, as a permutation has it
-            memory.copy_(torch.randperm(value.numel(), device=device).view_as(memory))
+        if "index" in name:
+            halves = launch.constexprs.get("PASSIVE", 0), launch.constexprs.get("ACTIVE", 0)
+            memory.copy_(_permutations(value, halves if value.dim() == 3 else (value.numel(), 0)).view_as(memory))
         return memory
 
     return Launch(
@@ -107,6 +114,18 @@ def on_device(launch: Launch, device: torch.device) -> Launch:
         launch.constexprs,
         launch.options,
     )
+
+
+def _permutations(index: Tensor, halves: tuple[int, int]) -> Tensor:
+    """Every feature once in every block, (K, 2, padded half) as a whole decoder has it; or once in all of `index`."""
+    passive, active = halves
+    if not active:
+        return torch.randperm(passive)
+    found = torch.zeros(index.shape, dtype=torch.int64)
+    for block in found:
+        order = torch.randperm(passive + active)
+        block[0, :passive], block[1, :active] = order[:passive], order[passive:]
+    return found
 
 
 def _memory(meta: Tensor, device: torch.device) -> Tensor:

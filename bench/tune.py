@@ -8,7 +8,7 @@ card says comes from a `Timer`, so that everything here runs without one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -94,7 +94,7 @@ def choose_by_measurement(
         for target in group:
             if search.is_over:
                 return
-            yield search.backend(target, problems[target])
+            yield search.backend(target)
     for batch, scales, size in tails:
         if search.is_over:
             return
@@ -162,9 +162,9 @@ class _Search:
                 if config in self.seconds[problem]:
                     yield self._choose(problem, config, label)
 
-    def backend(self, target: Target, problems: Iterable[Problem]) -> Finding:
+    def backend(self, target: Target) -> Finding:
         try:
-            times = self.timer.decoder(target, {p: self.chosen[p] for p in problems if p in self.chosen})
+            times = self.timer.decoder(target, dict(self.chosen))
         except LostCardError:
             raise
         except Exception as error:  # the plain path may run out of memory where the kernels do not

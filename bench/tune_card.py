@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -54,7 +54,8 @@ class CardTimer:
     def _watched(self) -> Iterator[None]:
         """After an error: whether the card still answers."""
         try:
-            yield
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                yield
         except Exception as error:
             try:
                 torch.cuda.synchronize(self.device)

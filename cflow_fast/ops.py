@@ -79,9 +79,13 @@ def torch_flow(weights: FlowWeights, arithmetic: Arithmetic) -> TorchFlow:
     return TorchFlow(weights, arithmetic.operands, packed=_onednn_is_faster(weights, arithmetic))
 
 
-def implementation(flow: Flow) -> str:
-    """What a flow that `prepare_flow` made runs on: "torch", "triton", or "compiled" code of a CPU."""
-    return {TorchFlow: "torch", CpuFlow: "compiled"}.get(type(flow), "triton")
+def implementation(flow: Flow, rows: int = 1) -> str:
+    """What a flow that `prepare_flow` made runs maps of so many positions on: "torch", "triton" or "compiled" code."""
+    if isinstance(flow, (TorchFlow, CpuFlow)):
+        return "torch" if isinstance(flow, TorchFlow) else "compiled"
+    from cflow_fast.kernels.tuned_flow import TunedFlow
+
+    return "torch" if isinstance(flow, TunedFlow) and flow.backend(rows) == "plain" else "triton"
 
 
 def anomaly_map(log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequence[float] | None) -> Tensor:

@@ -100,15 +100,15 @@ def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
         storage = arithmetic(precision, case.device).storage
         if storage not in folds:
             folds[storage] = case.decoder.fold(precision)
-        for backend, log_prob in ways(FoldedDecoder(folds[storage].weights, precision)):
+        for backend, log_prob in ways(FoldedDecoder(folds[storage].weights, precision), case.features[:, 0].numel()):
             ours = measure(log_prob(case.features) / case.decoder.features, exact)
             found = failures(kind, ours, theirs[kind])
             yield Row(case.name, backend, precision, ours, reference_name, theirs[kind], found)
 
 
-def ways(folded: FoldedDecoder) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Every implementation of a folded decoder that runs here, by its name; the one that it takes comes first."""
-    taken = ops.implementation(folded.flow)
+def ways(folded: FoldedDecoder, rows: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """A folded decoder by what it takes for maps of so many positions, by name; on a CPU by PyTorch too."""
+    taken = ops.implementation(folded.flow, rows)
     yield taken, folded.log_prob
     if taken == "compiled":
         flow = ops.torch_flow(folded.weights, folded.arithmetic)

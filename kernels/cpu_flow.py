@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections import OrderedDict
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cflow_fast.kernels.cpu_library import Address, Library, address, fields
+from cflow_fast.kernels.cpu_library import CPU, Decoder, Library, Task, address, check_is_here
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import MAX_TABLES, positional_tables
 from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
@@ -20,41 +19,13 @@ INPUT_BYTES = 3 << 19
 MAX_PANELS = 8
 
 
-class _Decoder(ctypes.Structure):
-    """`decoder` of flow.h."""
-
-    _fields_ = (
-        *fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices"),
-        ("clamp", ctypes.c_float),
-        ("log_scale", ctypes.c_double),
-        *fields(Address, "w1 w1_condition w2_scale w2_shift b1 b2_scale b2_shift"),
-        *fields(Address, "passive_by_passive passive_by_active active_by_passive active_by_active"),
-        *fields(Address, "passive_offset active_offset v w output passive_output v_offset w_offset cosine sine"),
-        *fields(Address, "passive_index active_index order gain shift output_gain output_shift"),
-    )
-
-
-class _Task(ctypes.Structure):
-    """`task` of flow.h."""
-
-    _fields_ = (
-        *fields(Address, "features condition"),
-        *fields(ctypes.c_int64, "rows height width"),
-        *fields(ctypes.c_int64, "stride_image stride_feature stride_line stride_column stride_condition"),
-        *fields(Address, "by_row by_column"),
-        *fields(ctypes.c_int64, "table_rows table_columns"),
-        *fields(Address, "log_prob log_det u memory"),
-        *fields(ctypes.c_int64, "threads chunk_panels"),
-    )
-
-
 class CpuFlow:
     """A folded decoder packed for one library; matrices that are stored in another precision than its are converted."""
 
     def __init__(self, weights: FlowWeights, lib: Library) -> None:
         self.weights, self.library = weights, lib
         self._packed = _packed(weights, lib)
-        self._decoder = _Decoder(
+        self._decoder = Decoder(
             blocks=weights.blocks,
             passive=weights.passive,
             active=weights.active,
@@ -75,27 +46,27 @@ class CpuFlow:
         """As TorchFlow.log_prob_map: natural log-likelihoods (B, H, W) of feature maps (B, D, H, W), float32."""
         batch, _, height, width = features.shape
         tables = None if encoding is None else self._tables_for(height, width, encoding)
-        return self._run(features.float(), None, tables, want_u=False).log_prob.view(batch, height, width)
+        return self._run(features.float().resolve_neg(), None, tables, want_u=False).log_prob.view(batch, height, width)
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
         """As TorchFlow.rows: loose feature vectors (N, D) with a condition (N, C) each; u as (N, D)."""
-        if condition is not None and condition.stride(1) != 1:
-            condition = condition.contiguous()
-        c = None if condition is None else condition.float()
-        return self._run(z.float()[:, :, None, None], c, None, want_u)
+        c = None if condition is None else condition.float().contiguous().resolve_neg()
+        return self._run(z.float().resolve_neg()[:, :, None, None], c, None, want_u)
 
+    @torch.compiler.disable  # it passes addresses
     def _run(
         self, features: Tensor, condition: Tensor | None, tables: tuple[Tensor, Tensor] | None, want_u: bool
     ) -> FlowResult:
         batch, channels, height, width = features.shape
         rows = batch * height * width
-        log_prob, log_det = torch.empty(rows), torch.empty(rows)
-        u = torch.empty(rows, channels) if want_u else None
+        check_is_here(features, condition)
+        log_prob, log_det = (torch.empty(rows, dtype=torch.float32, device=CPU) for _ in range(2))
+        u = torch.empty(rows, channels, dtype=torch.float32, device=CPU) if want_u else None
         if not rows:
             return FlowResult(log_prob, log_det, u)
         by_row, by_column = tables or (None, None)
         image, feature, line, column = features.stride()
-        task = _Task(
+        task = Task(
             features=features.data_ptr(),
             condition=address(condition),
             rows=rows,
@@ -164,7 +135,7 @@ def _matrices(family: Tensor, lib: Library, at_least: int = 0) -> Tensor:
     blocks, rows, inputs = family.shape
     step = lib.inputs_together
     steps, groups = math.ceil(inputs / step), lib.whole_groups(max(rows, at_least)) // lib.outputs
-    whole = torch.zeros(blocks, groups * lib.outputs, steps * step, dtype=lib.operand)
+    whole = torch.zeros(blocks, groups * lib.outputs, steps * step, dtype=lib.operand, device=CPU)
     whole[:, :rows, :inputs] = family
     return whole.view(blocks, groups, lib.outputs, steps, step).transpose(2, 3).contiguous()
 
@@ -177,7 +148,7 @@ def _soft(mixing: SoftMixing, weights: FlowWeights, lib: Library) -> dict[str, T
     passive, half = weights.passive, lib.whole_groups(weights.passive)
     first, second = slice(passive), slice(passive, None)
     unpaired = passive - weights.active  # a passive feature without a partner turns with cosine 1
-    cosine = torch.cat([mixing.cosine, torch.ones(len(mixing.cosine), unpaired)], 1)
+    cosine = torch.cat([mixing.cosine, mixing.cosine.new_ones(len(mixing.cosine), unpaired)], 1)
     return {
         "passive_by_passive": _matrices(mixing.matrix[:, first, first], lib),
         "passive_by_active": _matrices(mixing.matrix[:, first, second], lib),
@@ -198,7 +169,7 @@ def _soft(mixing: SoftMixing, weights: FlowWeights, lib: Library) -> dict[str, T
 
 def _hard(mixing: HardMixing, weights: FlowWeights, lib: Library) -> dict[str, Tensor]:
     half = lib.whole_groups(weights.passive)
-    active = torch.full((weights.blocks, half), weights.features, dtype=torch.int32)
+    active = torch.full((weights.blocks, half), weights.features, dtype=torch.int32, device=CPU)
     active[:, : weights.active] = mixing.active
     return {
         "passive_index": mixing.passive.contiguous(),

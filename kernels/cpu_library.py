@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.machinery
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ _VARIANTS = {
 }
 """By what is multiplied and PyTorch's word for what the CPU has. Bfloat16 without AMX is oneDNN's: the vector
 instruction for it is slower than float32's on the CPU that it was tried on."""
+
+CPU = torch.device("cpu")
+
+INTERFACE = 1
+"""Counted up, here and in vectors.h, whenever the meaning of a call changes; its structures' sizes are compared."""
 
 Address = ctypes.c_void_p
 """Of a tensor's first element; whoever passes it keeps the tensor."""
@@ -36,16 +42,80 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def check_is_here(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError for a tensor whose memory this code cannot read."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            raise RuntimeError(f"expected tensors on the CPU, where this decoder or map is, got one on {tensor.device}")
+
+
+class Decoder(ctypes.Structure):
+    """`decoder` of flow.h."""
+
+    _fields_ = (
+        *fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices"),
+        ("clamp", ctypes.c_float),
+        ("log_scale", ctypes.c_double),
+        *fields(Address, "w1 w1_condition w2_scale w2_shift b1 b2_scale b2_shift"),
+        *fields(Address, "passive_by_passive passive_by_active active_by_passive active_by_active"),
+        *fields(Address, "passive_offset active_offset v w output passive_output v_offset w_offset cosine sine"),
+        *fields(Address, "passive_index active_index order gain shift output_gain output_shift"),
+    )
+
+
+class Task(ctypes.Structure):
+    """`task` of flow.h."""
+
+    _fields_ = (
+        *fields(Address, "features condition"),
+        *fields(ctypes.c_int64, "rows height width"),
+        *fields(ctypes.c_int64, "stride_image stride_feature stride_line stride_column stride_condition"),
+        *fields(Address, "by_row by_column"),
+        *fields(ctypes.c_int64, "table_rows table_columns"),
+        *fields(Address, "log_prob log_det u memory"),
+        *fields(ctypes.c_int64, "threads chunk_panels"),
+    )
+
+
+class MapScale(ctypes.Structure):
+    """`map_scale` of map.h."""
+
+    _fields_ = (("log_prob", Address), *fields(ctypes.c_int64, "height width"), ("maximum", ctypes.c_float))
+
+
+class MapTask(ctypes.Structure):
+    """`map_task` of map.h."""
+
+    _fields_ = (
+        ("scales", ctypes.POINTER(MapScale)),
+        *fields(ctypes.c_int64, "count batch height width"),
+        *fields(Address, "result score memory"),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class LibraryError(RuntimeError):
+    """A file that is not the library that this version of the package calls."""
+
+
 class Library:
     """The compiled functions for one instruction set, and the tile that they work in."""
 
     def __init__(self, path: Path, operand: torch.dtype) -> None:
-        self.functions = ctypes.CDLL(str(path))
+        """Raises LibraryError where the file is of another version or cannot be loaded."""
+        structures = [Decoder, Task, *([MapScale, MapTask] if operand == torch.float32 else [])]
+        try:
+            self.functions = ctypes.CDLL(str(path))
+            sizes = [self.functions.cflow_fast_interface(i) for i in range(len(structures) + 1)]
+            self.vector, self.outputs = self.functions.cflow_fast_vector(), self.functions.cflow_fast_outputs()
+            self.inputs_together = self.functions.cflow_fast_inputs_together()
+            for name in ("flow", "map")[: len(structures) // 2]:
+                getattr(self.functions, f"cflow_fast_{name}_memory").restype = ctypes.c_int64
+        except (OSError, AttributeError) as error:
+            raise LibraryError(str(error)) from error
+        if sizes != [INTERFACE, *map(ctypes.sizeof, structures)]:
+            raise LibraryError("it was compiled for another version")
         self.operand = operand
-        for name in ("cflow_fast_flow_memory", *(["cflow_fast_map_memory"] if operand == torch.float32 else [])):
-            getattr(self.functions, name).restype = ctypes.c_int64
-        self.vector, self.outputs = int(self.functions.cflow_fast_vector()), int(self.functions.cflow_fast_outputs())
-        self.inputs_together = int(self.functions.cflow_fast_inputs_together())
 
     def whole_groups(self, outputs: int) -> int:
         return math.ceil(outputs / self.outputs) * self.outputs
@@ -54,7 +124,7 @@ class Library:
         """Call `cflow_fast_<name>`(*before, task) with the memory that it asks for, as task.memory."""
         arguments = [ctypes.byref(structure) for structure in (*before, task)]
         size = getattr(self.functions, f"cflow_fast_{name}_memory")(*arguments)
-        memory = torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8, device=CPU)
         task.memory = memory.data_ptr()
         getattr(self.functions, f"cflow_fast_{name}")(*arguments)
 
@@ -63,15 +133,20 @@ class Library:
 def library(operand: torch.dtype) -> Library | None:
     """The library that multiplies such operands on this CPU; None where there is none.
 
-    PyTorch is asked what the CPU has, so that ATEN_CPU_CAPABILITY lowers this too.
+    PyTorch is asked what the CPU has, so that ATEN_CPU_CAPABILITY lowers this too. A file that is there and cannot be
+    used is said, once.
     """
+    name = _VARIANTS.get((operand, torch.backends.cpu.get_cpu_capability()))
+    file = None if name is None else library_file(name)
+    if file is None or (operand == torch.bfloat16 and not may_use_amx()):
+        return None
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # the threads are those of PyTorch
         return None
-    name = _VARIANTS.get((operand, torch.backends.cpu.get_cpu_capability()))
-    if name is None or (operand == torch.bfloat16 and not may_use_amx()):
+    try:
+        return Library(file, operand)
+    except LibraryError as error:
+        warnings.warn(f"{file} is left out, PyTorch does its work: {error}; install the package anew", stacklevel=3)
         return None
-    file = library_file(name)
-    return None if file is None else Library(file, operand)
 
 
 def library_file(name: str) -> Path | None:

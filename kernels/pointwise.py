@@ -34,7 +34,7 @@ def coupled(s_and_t: Tensor, x2: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
 
 def coupled_launch(s_and_t: Tensor, x2: Tensor, clamp: float, y2: Tensor, sums: Tensor) -> Launch:
     args = {"s_and_t_ptr": s_and_t, "x2_ptr": x2, "y2_ptr": y2, "sums_ptr": sums}
-    return _launch(coupled_kernel, args | {"features": len(x2), "rows": x2.shape[1], "clamp": clamp})
+    return _launch(coupled_kernel, args | {"features": len(x2), "rows": x2.shape[1], "clamp": clamp}, s_and_t)
 
 
 def rotated(v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,15 +47,17 @@ def rotated(v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor,
 
 def rotated_launch(v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor, q: Tensor, turned: Tensor) -> Launch:
     args = {"v_ptr": v, "w_ptr": w, "cosine_ptr": cosine, "sine_ptr": sine, "q_ptr": q, "turned_ptr": turned}
-    precision = "bf16" if w.dtype == torch.bfloat16 else "ieee"
-    return _launch(rotated_kernel, args | {"features": len(w), "rows": w.shape[1]}, PRECISION=precision)
+    return _launch(rotated_kernel, args | {"features": len(w), "rows": w.shape[1]}, w)
 
 
-def _launch(kernel: Any, args: dict[str, Any], **constants: str) -> Launch:
+def _launch(kernel: Any, args: dict[str, Any], operands: Tensor) -> Launch:
     features, rows = args["features"], args["rows"]
     grid = (triton.cdiv(rows, POINTWISE.block_rows), triton.cdiv(features, POINTWISE.block_features))
     tile = {"BLOCK_FEATURES": POINTWISE.block_features, "BLOCK_ROWS": POINTWISE.block_rows}
-    return Launch(kernel, grid, args, tile | constants, {"num_warps": POINTWISE.warps, "enable_fp_fusion": True})
+    precision = "bf16" if operands.dtype == torch.bfloat16 else "ieee"
+    return Launch(
+        kernel, grid, args, {"PRECISION": precision, **tile}, {"num_warps": POINTWISE.warps, "enable_fp_fusion": True}
+    )
 
 
 @triton.jit
@@ -67,16 +69,19 @@ def coupled_kernel(
     features,
     rows,
     clamp,
+    PRECISION: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     at, valid, row = _tile(features, rows, BLOCK_FEATURES, BLOCK_ROWS)
     s = tl.load(s_and_t_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    t = tl.load(s_and_t_ptr + features.to(tl.int64) * rows + at, mask=valid, other=0.0).to(tl.float32)
+    t = tl.load(s_and_t_ptr + tl.cast(features, tl.int64) * rows + at, mask=valid, other=0.0).to(tl.float32)
     x2 = tl.load(x2_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    j = clamp * tanh(s)
+    j = clamp * tanh(s, PRECISION)
     tl.store(y2_ptr + at, x2 * tl.exp(j) + t, mask=valid)
-    tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * rows + row, tl.sum(tl.where(valid, j, 0.0), 0), mask=row < rows)
+    tl.store(
+        sums_ptr + tl.cast(tl.program_id(1), tl.int64) * rows + row, tl.sum(tl.where(valid, j, 0.0), 0), mask=row < rows
+    )
 
 
 @triton.jit

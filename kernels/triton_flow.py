@@ -48,7 +48,7 @@ class TritonFlow:
                 assert not isinstance(tables, list)
                 return whole_flow_map(features, self.whole, tables, config)
             log_prob = torch.empty(batch, height, width, dtype=torch.float32, device=features.device)
-            for images, lines in _chunks(batch, height, width):
+            for images, lines in chunks(batch, height, width):
                 bias = None
                 if isinstance(tables, list):
                     bias = [Positions(table.rows[lines], table.columns) for table in tables]
@@ -111,7 +111,7 @@ class TritonFlow:
         return tables
 
 
-def _chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]]:
+def chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]]:
     """Images and lines of every chunk: whole images, or lines of one image where it alone is too large."""
     if not batch * height * width:
         return

@@ -54,7 +54,10 @@ class TunedFlow:
 
     def _as_measured(self) -> bool:
         """PyTorch's float32 products are float32, unless the caller switched tf32 on for the whole process."""
-        return self.operand_dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+        try:
+            return self.operand_dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+        except RuntimeError:  # which of PyTorch's two ways of asking applies is not told
+            return False
 
     def _ready(self, height: int, width: int, encoding: tuple[Tensor, Tensor] | None) -> TorchFlow | None:
         """The plain path with its tables for H x W; None where they would have to be made inside a capture."""

@@ -23,6 +23,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+import triton
+
 from cflow_fast.kernels import configs
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import (
@@ -136,8 +139,9 @@ def _config(problem: Problem, chip: Chip) -> Config | None:
         entry = table.kernels.get(key)
         if entry is None:
             continue
-        if entry.config in candidates(key, chip):
-            return entry.config
+        known = next((config for config in candidates(key, chip) if config == entry.config), None)
+        if known is not None:
+            return known
         if not table.refused:
             table.refused = True
             warnings.warn(
@@ -171,7 +175,20 @@ def _own(chip: Chip) -> Table | None:
     if table is not None and table.card != chip.name:
         warnings.warn(f"{path} is passed over: it is of {table.card}, this card is {chip.name}", stacklevel=6)
         return None
+    if table is not None and (reason := _outgrown(table, chip)):
+        warnings.warn(f"{path} is passed over, defaults apply: {reason}; `cflow-fast tune` measures anew", stacklevel=6)
+        return None
     return table
+
+
+def _outgrown(table: Table, chip: Chip) -> str:
+    """Why what was measured then says nothing now; empty where it does."""
+    if table.multiprocessors != chip.multiprocessors:
+        return f"it is of a card with {table.multiprocessors} multiprocessors, this one has {chip.multiprocessors}"
+    for name, now in (("torch", torch.__version__), ("triton", triton.__version__)):
+        if table.facts.get(name, now) != now:
+            return f"it was measured with {name} {table.facts[name]}, this is {now}"
+    return ""
 
 
 def _read(path: Path) -> Table | None:

@@ -120,7 +120,7 @@ def read_table(path: Path) -> Table:
     try:
         table = Table(str(content["card"]), int(content["multiprocessors"]), facts=dict(content["facts"]), path=path)
         kernels, decoders = list(content["kernels"]), list(content["decoders"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise TableError(f"it is damaged: {type(error).__name__}: {error}") from error
     for row in kernels:
         if (read := _kernel(row)) is not None:
@@ -148,7 +148,10 @@ def checked_target(path: Path, card: str) -> Table | None:
 
 
 def store(table: Table, path: Path) -> Table:
-    """Merge with what is there now and write it atomically; gives what was written."""
+    """Merge with what is there now and write it atomically; gives what was written.
+
+    Two processes that store at the same moment: the file is one of theirs, whole.
+    """
     older = checked_target(path, table.card)
     merged = table if older is None else table.merged_into(older)
     write_text(path, as_text(merged))
@@ -192,7 +195,7 @@ def _kernel(row: Any) -> tuple[Problem, Entry] | None:
         problem = Problem(kernel, str(row["precision"]), int(row["rows"]), numbers)
         times = (_time(row["predicted_us"]), _time(row["measured_us"]))
         return problem, Entry(_CONFIGS[kernel](**row["config"]), *times)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return None
 
 
@@ -201,7 +204,7 @@ def _decoder(row: Any) -> tuple[DecoderProblem, Choice] | None:
         key = DecoderProblem(*(f(row[name]) for name, f in _DECODER_TYPES.items()))
         backend, why, source = (str(row[name]) for name in ("backend", "why", "source"))
         choice = Choice(backend, why, source, _time(row["triton_us"]), _time(row["plain_us"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return None
     return (key, choice) if choice.backend in BACKENDS else None
 

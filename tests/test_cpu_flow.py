@@ -383,7 +383,7 @@ def test_planted_fault_in_the_map_shows(fault: str, tmp_path: Path) -> None:
     right, wrong = MAP_FAULTS[fault]
     source = (SOURCES / "map.h").read_text()
     assert right in source, f"the code has changed: {right!r} is not in it"
-    (tmp_path / "map.c").write_text(source.replace(right, wrong) + '#include "flow.h"\n')
+    (tmp_path / "map.c").write_text(source.replace(right, wrong) + '#include "flow.h"\n#include "interface.h"\n')
     faulty = Library(compiled(tmp_path, tmp_path / "map.c", "avx2", "-O1"), torch.float32)
     scales = scales_of(3)
     scales[0][0, 0, 0], scales[0][1, 2, 2] = 4.0, -math.inf
@@ -428,7 +428,7 @@ def test_planted_fault_shows(fault: str, tmp_path: Path, threads: Any) -> None:
     right, wrong = FAULTS[fault]
     source = (SOURCES / "flow.h").read_text()
     assert source.count(right) >= 1, f"the code has changed: {right!r} is not in it"
-    (tmp_path / "flow.c").write_text(source.replace(right, wrong) + '#include "map.h"\n')
+    (tmp_path / "flow.c").write_text(source.replace(right, wrong) + '#include "map.h"\n#include "interface.h"\n')
     faulty = Library(compiled(tmp_path, tmp_path / "flow.c", "avx2", "-O1"), torch.float32)
     threads(2)
     assert max(_deviations(faulty)) > 10 * BOUND[torch.float32]
@@ -457,7 +457,12 @@ def _deviations(lib: Library) -> Iterator[float]:
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="for Linux on x86")
 def test_where_there_is_a_compiler_every_variant_was_compiled() -> None:
-    assert [name for name in VARIANTS if library_file(f"_flow_{name}") is None] == []
+    def knows(flags: list[str]) -> bool:
+        command = ["gcc", *flags, "-E", "-x", "c", "/dev/null", "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    missing = [name for name in VARIANTS if library_file(f"_flow_{name}") is None]
+    assert [name for name in missing if knows(VARIANTS[name][2])] == []
 
 
 def test_compiled_code_is_taken_where_it_is_there_and_torch_where_it_is_asked_for(
@@ -538,6 +543,74 @@ def _everything_compiled(monkeypatch: pytest.MonkeyPatch, capability: str) -> No
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(cpu_library, "Library", lambda path, operand: path.name.split(".")[0])
     monkeypatch.setattr(Path, "is_file", lambda path: path.name.startswith("_flow"))
+
+
+def test_a_file_of_another_version_or_none_at_all_is_said_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built("avx2")
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    monkeypatch.setattr(cpu_library, "library_file", lambda name: tmp_path / "broken.so")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.warns(
+        UserWarning, match=r"broken\.so is left out, PyTorch does its work: .*; install the package anew"
+    ):
+        assert library.__wrapped__(torch.float32) is None
+    monkeypatch.undo()
+    path = library_file("_flow_avx2")
+    assert path is not None
+    monkeypatch.setattr(cpu_library, "INTERFACE", 0)
+    with pytest.raises(cpu_library.LibraryError, match="compiled for another version"):
+        Library(path, torch.float32)
+    monkeypatch.undo()
+
+    class Longer(cpu_library.Task):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    monkeypatch.setattr(cpu_library, "Task", Longer)
+    with pytest.raises(cpu_library.LibraryError, match="compiled for another version"):
+        Library(path, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_do_not_matter(dtype: torch.dtype, lib: Library) -> None:
+    weights = weights_of(25, 8, lib.operand, permute_soft=True)
+    z, c, scales = torch.randn(40, 25), torch.randn(40, 8), scales_of(2)
+    expected = CpuFlow(weights, lib).rows(z, c, want_u=True)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            again = CpuFlow(weights, lib).rows(z, c, want_u=True)
+            if lib.operand == torch.float32:
+                assert_same_map(
+                    cpu_map.anomaly_map(scales, (9, 9), [0.0, 0.0], lib), anomaly_map(scales, (9, 9), [0.0, 0.0])
+                )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(again, expected, strict=True):
+        assert torch.equal(ours, theirs)  # type: ignore[arg-type]
+
+
+def test_tensors_elsewhere_are_refused(lib: Library) -> None:
+    flow, z, c = CpuFlow(weights_of(24, 8, lib.operand), lib), torch.randn(4, 24), torch.randn(4, 8)
+    for given in ((z.to("meta"), c), (z, c.to("meta"))):
+        with pytest.raises(
+            RuntimeError, match="expected tensors on the CPU, where this decoder or map is, got one on meta"
+        ):
+            flow.rows(*given, want_u=False)
+    with pytest.raises(RuntimeError, match="got one on meta"):
+        cpu_map.anomaly_map([scales_of(1)[0], scales_of(1)[1].to("meta")], (4, 4), [0.0, 0.0], lib)
+
+
+def test_negated_views_are_read_as_what_they_are(lib: Library) -> None:
+    flow, numbers = CpuFlow(weights_of(24, 8, lib.operand), lib), torch.randn(4, 24, dtype=torch.complex64)
+    c = torch.randn(4, 8, dtype=torch.complex64).conj().imag
+    z = numbers.conj().imag
+    assert z.is_neg()
+    assert c.is_neg()
+    ours, expected = flow.rows(z, c, want_u=True), flow.rows(z.clone(), c.clone(), want_u=True)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(one, other)  # type: ignore[arg-type]
 
 
 def test_weights_without_a_condition_are_packed_without_one() -> None:

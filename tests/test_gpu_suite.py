@@ -16,7 +16,7 @@ from cflow_fast.bench.compiled import Compiled, Loop
 from cflow_fast.bench.contenders import PLAIN
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.gpu import Suite
-from cflow_fast.bench.headline import Headline
+from cflow_fast.bench.headline import Headline, tail_launches
 from cflow_fast.kernels.chip import Chip
 
 CPU = torch.device("cpu")
@@ -104,15 +104,28 @@ def test_launches_are_timed_beside_their_predictions(monkeypatch: pytest.MonkeyP
 
 
 def test_launches_get_memory_of_their_own_and_indices_that_are_permutations() -> None:
-    line = Headline("resnet18", 2, 512, "hard", "bf16", 256, 1)
-    for launch in line.launches(Chip()):
+    wide, narrow = (
+        Headline("resnet18", 2, 512, "hard", "bf16", 256, 1),
+        Headline("resnet18", 0, 64, "hard", "bf16", 256, 1),
+    )
+    for launch in (*wide.launches(Chip()), *narrow.launches(Chip()), *tail_launches(batches=(1,))):
         real = kernel_times.on_device(launch, CPU)
         for name, value in real.args.items():
-            if isinstance(value, torch.Tensor):
-                assert value.shape == launch.args[name].shape
-                assert value.stride() == launch.args[name].stride()
-                if "index" in name:
-                    assert value.unique().numel() == value.numel()
+            for part, meta in zip(_tensors(value), _tensors(launch.args[name]), strict=True):
+                assert part.device == CPU
+                assert (part.shape, part.stride()) == (meta.shape, meta.stride())
+                if "index" in name and part.dim() == 1:
+                    assert part.unique().numel() == part.numel()
+                elif "index" in name:
+                    for block in part:
+                        passive, active = block[0, : real.constexprs["PASSIVE"]], block[1, : real.constexprs["ACTIVE"]]
+                        assert sorted([*passive.tolist(), *active.tolist()]) == list(range(64))
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -580,6 +581,7 @@ def test_an_error_after_which_the_card_is_silent_ends_it(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(tune_card, "on_device", fails)
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
     launch = WIDE.all_launches(CHIP)[0]
     with pytest.raises(RuntimeError, match="out of resource"):
         timer.launch(launch)

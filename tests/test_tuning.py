@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +199,42 @@ def test_entries_with_fields_that_this_version_does_not_know_are_left_out_and_ot
         warnings.simplefilter("error")
         assert selected() == by_rule()
         assert selected(64) == candidates(other, CARD)[3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"multiprocessors": 114}, "it is of a card with 114 multiprocessors, this one has 132"),
+        ({"facts": {"torch": "1.0"}}, f"it was measured with torch 1.0, this is {torch.__version__}"),
+        ({"facts": {"triton": "1.0"}}, "it was measured with triton 1.0, this is "),
+    ],
+)
+def test_what_was_measured_elsewhere_or_long_ago_is_passed_over_and_said(
+    changes: dict[str, object], reason: str
+) -> None:
+    table = replace(own((PROBLEM, Entry(OPTIONS[1], None, 2.0))), **changes)  # type: ignore[arg-type]
+    write(tuning.cache_path(CARD.name), table)
+    with pytest.warns(UserWarning, match=re.escape(reason)):
+        assert selected() == by_rule()
+
+
+def test_numbers_are_those_of_the_candidate_and_not_the_files() -> None:
+    write(tuning.cache_path(CARD.name), own((PROBLEM, Entry(OPTIONS[1], None, 2.0))))
+    path = tuning.cache_path(CARD.name)
+    whole = f'"block_rows": {OPTIONS[1].block_rows}'  # type: ignore[union-attr]
+    assert whole in path.read_text()
+    path.write_text(path.read_text().replace(whole, f"{whole}.0"))
+    tuning.forget()
+    assert selected() == OPTIONS[1]
+    assert isinstance(selected().block_rows, int)
+
+
+def test_a_number_without_an_end_is_damage_like_any_other() -> None:
+    write(tuning.cache_path(CARD.name), own((PROBLEM, Entry(OPTIONS[1], None, 2.0))))
+    path = tuning.cache_path(CARD.name)
+    path.write_text(path.read_text().replace('"rows": 1024', '"rows": Infinity'))
+    tuning.forget()
+    assert selected() == by_rule()
 
 
 def test_a_configuration_for_the_other_kind_of_rows_is_passed_over() -> None:
@@ -418,6 +456,19 @@ def test_float32_stays_float32_where_tf32_was_switched_on(monkeypatch: pytest.Mo
     assert flow.backend(30) == "plain"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert flow.backend(30) == "triton"
+
+
+def test_where_pytorch_does_not_say_how_it_multiplies_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed() -> str:
+        raise RuntimeError("PyTorch is checking whether allow_tf32_new is enabled")
+
+    decoder_table("plain", 32)
+    flow = tuned_flow()
+    assert flow.backend(32) == "plain"
+    assert ops.implementation(flow, 32) == "torch"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert flow.backend(32) == "triton"
+    assert ops.implementation(flow, 32) == "triton"
 
 
 def test_a_forced_backend_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

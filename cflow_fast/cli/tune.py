@@ -84,7 +84,9 @@ def tune(
         _predict(predicted_card, output, _targets(model, "cpu", encoders, sizes, batches, precisions))
         return
     card = _card(device)
-    wanted = _targets(model, card, encoders, sizes, batches, precisions or (() if model else device_precisions(card)))
+    wanted = _targets(
+        model, card, encoders, sizes, batches, precisions or (() if model else device_precisions(card)[::-1])
+    )
     sys.exit(_measure(card, wanted, _tails(model, encoders, sizes, batches), minutes, output))
 
 
@@ -188,6 +190,9 @@ def _measure(
         code = INTERRUPTED
         errors.print("interrupted: this is what was measured until then")
     finally:
+        reached = {finding.decoder[0] for finding in found if finding.decoder}
+        if missing := len({target.problem for target in wanted} - reached):
+            errors.print(f"{missing} decoders were not reached or could not be compared: the rest takes more --minutes")
         if any(finding.kernel or finding.decoder for finding in found):
             _store(table_of(found, chip.name, chip.multiprocessors, _facts()), path)
         else:

@@ -194,7 +194,7 @@ typedef struct {
     size member, members;    /* of the team */
     size half, width, state; /* padded: of a half, of the hidden layer; of the whole state with hard permutations */
     operand *x1, *next_x1, *hidden, *y2, *mixed, *condition;
-    float *passive, *x2, *next_x2, *v; /* x1 before the first block and after the last; x2; or both where they stay */
+    float *passive, *x2, *v; /* x1 before the first block and after the last; x2; or both where they stay */
     double *log_dets, *norms;          /* (members, chunk_panels, ROWS) */
     positions *places;                 /* of every panel */
     lookup how;
@@ -219,7 +219,6 @@ static char *lay_out(team *t, char *memory) {
     TAKE(condition, padded(d->condition));
     TAKE(passive, soft * t->half);
     TAKE(x2, soft * t->half);
-    TAKE(next_x2, soft * t->half);
     TAKE(v, t->state);
     TAKE(log_dets, t->members);
     TAKE(norms, t->members);
@@ -590,7 +589,7 @@ static int work_alone(const task *io, size panels) { return panels >= 4 * io->th
 
 static size memory_of(const decoder *d, const task *io, size members) {
     team t = form(d, io, 0, members);
-    return lay_out(&t, 0) - (char *)0;
+    return (size)(uintptr_t)lay_out(&t, 0);
 }
 
 /* Bytes of memory that `cflow_fast_flow` wants at task.memory, at an address that 64 divides. */
@@ -620,6 +619,6 @@ EXPORTED void cflow_fast_flow(const decoder *d, const task *io) {
     }
 }
 
-EXPORTED size cflow_fast_vector(void) { return VECTOR; }
-EXPORTED size cflow_fast_outputs(void) { return OUTPUTS; }
-EXPORTED size cflow_fast_inputs_together(void) { return INPUTS_TOGETHER; }
+EXPORTED int cflow_fast_vector(void) { return VECTOR; }
+EXPORTED int cflow_fast_outputs(void) { return OUTPUTS; }
+EXPORTED int cflow_fast_inputs_together(void) { return INPUTS_TOGETHER; }

@@ -113,7 +113,7 @@ static float map_row(const map_task *m, const map_memory *at, size image, size r
 
 EXPORTED size cflow_fast_map_memory(const map_task *m) {
     map_memory at;
-    return lay_out_map(m, &at, 0) - (char *)0;
+    return (size)(uintptr_t)lay_out_map(m, &at, 0);
 }
 
 EXPORTED void cflow_fast_map(const map_task *m) {

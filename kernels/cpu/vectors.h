@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#define INTERFACE 1 /* as in cpu_library: counted up whenever the meaning of a call changes */
+
 #if defined(__AVX512F__)
 #define VECTOR 16
 #else
