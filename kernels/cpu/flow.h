@@ -129,7 +129,7 @@ static const tile_config eight_whole_tiles = {
 #else
 
 /* So many products are added up before they join the others: long sums in float32 lose digits. */
-#define INPUTS_AT_ONCE 512
+#define INPUTS_AT_ONCE 128
 
 #define UNROLLED _Pragma("GCC unroll 14") /* sums stay in registers only where no index is left */
 
