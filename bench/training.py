@@ -6,6 +6,7 @@ Everyone takes the same vectors, in steps of the size that its own recipe has.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,9 +66,13 @@ def ours(work: ModelWork, precision: str) -> Built:
         trainer.position = Position()
         trainer.run()
 
-    with torch.no_grad():
-        before = [d.log_prob(f) / d.features for d, f in zip(trainer.decoders, work.features, strict=True)]
-    return Built(run, lambda features: before, module_bytes([model.decoders]), f"steps of {RECIPE.vectors} vectors")
+    untrained = [copy.deepcopy(decoder) for decoder in work.decoders]
+
+    @torch.no_grad()
+    def log_probs(features: Sequence[Tensor]) -> list[Tensor]:
+        return [d.log_prob(f) / d.features for d, f in zip(untrained, features, strict=True)]
+
+    return Built(run, log_probs, module_bytes([model.decoders]), f"steps of {RECIPE.vectors} vectors")
 
 
 def freia(work: ModelWork, precision: str) -> Built:

@@ -13,6 +13,7 @@ from cflow_fast.bench.cases import ENCODERS, DecoderCase, Scales, decoder_flop, 
 from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, is_installed
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.maps import MapCase, MapWork
+from cflow_fast.bench.yardstick import Yardstick
 from cflow_fast.encoders import Encoder
 from cflow_fast.errors import EncoderError
 from cflow_fast.kernels.products import MatmulProducts, OneDnnProducts
@@ -165,3 +166,15 @@ def test_grid_puts_cases_that_share_their_decoders_next_to_each_other() -> None:
     found = grid(DecoderCase, ["resnet18"], ["soft", "hard"], [64, 128], [1, 8], torch.device("cpu"))
     assert [case.permutations for case in found] == ["soft"] * 4 + ["hard"] * 4
     assert found[0].decoders() is found[3].decoders()
+
+
+def test_few_positions_are_judged_on_more_of_their_kind() -> None:
+    """So many as make the largest error of two arithmetics about the same, and none where there are enough."""
+    few = DecoderCase("tiny", Scales((8,), (8,)), 16, 1, "hard", coupling_blocks=1, condition=8)
+    yardstick = few.yardstick(few.work())
+    assert isinstance(yardstick, Yardstick)
+    assert len({draw[0].sum().item() for draw in yardstick.draws}) == len(yardstick.draws) == 32
+    assert len(yardstick.exact) == 32 * 4
+    assert yardstick.draws[5][0].std() == pytest.approx(1.3, rel=0.5)
+    many = replace(few, size=256)
+    assert len(many.yardstick(many.work()).draws) == 1  # type: ignore[union-attr]
