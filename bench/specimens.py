@@ -71,8 +71,10 @@ def _hard(features: int, blocks: int) -> Mixing:
         passive=index(blocks, passive),
         active=index(blocks, active),
         gain=_vector(blocks, active),
+        gain_rest=_vector(blocks, active),
         shift=_vector(blocks, active),
         output_gain=_vector(features),
+        output_gain_rest=_vector(features),
         output_shift=_vector(features),
         order=index(features),
     )

@@ -64,7 +64,12 @@ def cast_weights(weights: FlowWeights, storage: torch.dtype, device: torch.devic
             return value.to(device, torch.int32)
         return value.to(device, storage if name in MATRICES else vectors).contiguous()
 
-    mixing = type(weights.mixing)(**{name: cast(name, value) for name, value in vars(weights.mixing).items()})  # type: ignore[arg-type]
+    of_mixing = {name: cast(name, value) for name, value in vars(weights.mixing).items()}
+    for name in [name for name in of_mixing if f"{name}_rest" in of_mixing]:
+        exact = getattr(weights.mixing, name).double() + getattr(weights.mixing, f"{name}_rest").double()
+        of_mixing[name] = cast(name, exact)
+        of_mixing[f"{name}_rest"] = cast(name, exact - exact.to(vectors).double())
+    mixing = type(weights.mixing)(**of_mixing)  # type: ignore[arg-type]
     own = {name: cast(name, value) for name, value in vars(weights).items() if name != "mixing"}
     return FlowWeights(**own, mixing=mixing)  # type: ignore[arg-type]
 
@@ -110,8 +115,17 @@ def _hard_mixing(blocks: list[_Block]) -> HardMixing:
         gain[i2], shift[i2] = block.sigma[h:], block.offset[h:]
         assert block.permutation is not None
         order = order[block.permutation]
+    pending = torch.stack(gains)
     return HardMixing(
-        torch.stack(passive), torch.stack(active), torch.stack(gains), torch.stack(shifts), gain, shift, order
+        passive=torch.stack(passive),
+        active=torch.stack(active),
+        gain=pending,
+        gain_rest=torch.zeros_like(pending),
+        shift=torch.stack(shifts),
+        output_gain=gain,
+        output_gain_rest=torch.zeros_like(gain),
+        output_shift=shift,
+        order=order,
     )
 
 

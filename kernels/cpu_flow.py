@@ -176,7 +176,9 @@ def _hard(mixing: HardMixing, weights: FlowWeights, lib: Library) -> dict[str, T
         "active_index": active,
         "order": mixing.order.contiguous(),
         "gain": _filled(mixing.gain, half),
+        "gain_rest": _filled(mixing.gain_rest, half),
         "shift": _filled(mixing.shift, half),
         "output_gain": _vectors(mixing.output_gain[None], lib)[0],
+        "output_gain_rest": _vectors(mixing.output_gain_rest[None], lib)[0],
         "output_shift": _vectors(mixing.output_shift[None], lib)[0],
     }

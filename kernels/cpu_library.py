@@ -26,7 +26,7 @@ instruction for it is slower than float32's on the CPU that it was tried on."""
 
 CPU = torch.device("cpu")
 
-INTERFACE = 1
+INTERFACE = 2
 """Counted up, here and in vectors.h, whenever the meaning of a call changes; its structures' sizes are compared."""
 
 Address = ctypes.c_void_p
@@ -54,12 +54,13 @@ class Decoder(ctypes.Structure):
 
     _fields_ = (
         *fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices"),
-        ("clamp", ctypes.c_float),
+        ("clamp", ctypes.c_double),
         ("log_scale", ctypes.c_double),
         *fields(Address, "w1 w1_condition w2_scale w2_shift b1 b2_scale b2_shift"),
         *fields(Address, "passive_by_passive passive_by_active active_by_passive active_by_active"),
         *fields(Address, "passive_offset active_offset v w output passive_output v_offset w_offset cosine sine"),
-        *fields(Address, "passive_index active_index order gain shift output_gain output_shift"),
+        *fields(Address, "passive_index active_index order gain gain_rest shift"),
+        *fields(Address, "output_gain output_gain_rest output_shift"),
     )
 
 

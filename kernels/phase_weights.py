@@ -159,8 +159,10 @@ def _hard(mixing: HardMixing, half: int) -> HardMixing:
         passive=pad(mixing.passive, half),
         active=pad(mixing.active, half),
         gain=pad(mixing.gain.float(), half),
+        gain_rest=pad(mixing.gain_rest.float(), half),
         shift=pad(mixing.shift.float(), half),
         output_gain=mixing.output_gain.float(),
+        output_gain_rest=mixing.output_gain_rest.float(),
         output_shift=mixing.output_shift.float(),
         order=mixing.order,
     )

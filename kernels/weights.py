@@ -15,13 +15,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HardMixing:
-    """Permutations by index: state v stays in place, feature f is gain[f] v[f] + shift[f], applied when it is read."""
+    """Permutations by index: state v stays in place, feature f is gain[f] v[f] + shift[f], applied when it is read.
+
+    A gain multiplies a feature in every block, so its rounding is kept beside it, for those who want more digits.
+    """
 
     passive: Tensor  # (K, h) int32: where block k finds its passive features in the state
     active: Tensor  # (K, d) int32
     gain: Tensor  # (K, d) pending scale of the active features when block k reads them
+    gain_rest: Tensor  # (K, d) what rounding left of it
     shift: Tensor  # (K, d) pending offset of the same
     output_gain: Tensor  # (D,) pending scale after the last block, in the state's order
+    output_gain_rest: Tensor  # (D,) what rounding left of it
     output_shift: Tensor  # (D,)
     order: Tensor  # (D,) int32: u[i] is the state's feature order[i]
 

@@ -203,22 +203,22 @@ def test_errors_are_those_of_their_definition() -> None:
     assert measure(exact.flip(0), exact).spearman == pytest.approx(-0.6)
 
 
-NO_ERROR = Error(0.0, 0.0, 0.0, 1.0)
+NO_ERROR = Error(0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("kind", "ours", "theirs", "failures"),
     [
-        ("fp32", Error(1.5e-6, 1.0, 3e-6, 0.0), Error(1e-6, 0, 0, 1), 0),
-        ("fp32", Error(1.6e-6, 0.0, 1e-6, 1.0), Error(1e-6, 0, 0, 1), 1),
-        ("fp32", Error(1e-6, 0.0, 3.1e-6, 1.0), Error(1e-6, 0, 0, 1), 1),
+        ("fp32", Error(1.5e-6, 1.0, 3e-6, 0.0, 0.0), Error(1e-6, 0, 0, 1, 0.0), 0),
+        ("fp32", Error(1.6e-6, 0.0, 1e-6, 1.0, 0.0), Error(1e-6, 0, 0, 1, 0.0), 1),
+        ("fp32", Error(1e-6, 0.0, 3.1e-6, 1.0, 0.0), Error(1e-6, 0, 0, 1, 0.0), 1),
         ("fp32", NO_ERROR, NO_ERROR, 0),
-        ("tf32", Error(1.0, 1e-4, 1.0, 0.9), Error(0.1, 1e-4, 0, 1), 0),
-        ("tf32", Error(0.1, 1.1e-4, 1.0, 1.0), Error(0.1, 1e-4, 0, 1), 1),
-        ("bf16", Error(0.01, 0.009, 1.0, 0.9996), Error(0.01, 0.01, 0, 1), 0),
-        ("bf16", Error(0.01, 0.0091, 1.0, 0.9996), Error(0.01, 0.01, 0, 1), 1),
-        ("bf16", Error(0.011, 0.009, 1.0, 0.9994), Error(0.01, 0.01, 0, 1), 2),
-        ("bf16", Error(math.nan, math.nan, math.nan, math.nan), Error(0.01, 0.01, 0, 1), 1),
+        ("tf32", Error(1.0, 1e-4, 1.0, 0.9, 0.0), Error(0.1, 1e-4, 0, 1, 0.0), 0),
+        ("tf32", Error(0.1, 1.1e-4, 1.0, 1.0, 0.0), Error(0.1, 1e-4, 0, 1, 0.0), 1),
+        ("bf16", Error(0.01, 0.009, 1.0, 0.9996, 0.0), Error(0.01, 0.01, 0, 1, 0.0), 0),
+        ("bf16", Error(0.01, 0.0091, 1.0, 0.9996, 0.0), Error(0.01, 0.01, 0, 1, 0.0), 1),
+        ("bf16", Error(0.011, 0.009, 1.0, 0.9994, 0.0), Error(0.01, 0.01, 0, 1, 0.0), 2),
+        ("bf16", Error(math.nan, math.nan, math.nan, math.nan, 0.0), Error(0.01, 0.01, 0, 1, 0.0), 1),
     ],
 )
 def test_yardstick_is_at_its_numbers(kind: str, ours: Error, theirs: Error, failures: int) -> None:
@@ -232,7 +232,7 @@ def test_rows_can_be_written_as_json() -> None:
     assert told["case"] == "D=41 hard, C=128, relu, SOFTPLUS, tanh(s)"
     assert (told["backend"], told["precision"], told["reference"]) == ("torch", "fp32", "FrEIA")
     assert told["passed"] == (not told["failures"])
-    assert told["ours"].keys() == {"maximum", "rms", "bounded", "spearman"}
+    assert told["ours"].keys() == {"maximum", "rms", "bounded", "spearman", "relative_rms"}
 
 
 def test_without_freia_the_unfolded_decoder_is_the_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:

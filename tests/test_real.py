@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from cflow_fast import CFlowAD
 from cflow_fast.datasets import MVTecCategory, load_images
 from cflow_fast.evaluation import Evaluation, evaluate
 from cflow_fast.fitting import Fit
-from cflow_fast.parity import Case, check
+from cflow_fast.parity import BF16_RMS_RATIO, BF16_SPEARMAN, Case, check
 from cflow_fast.recipes import PRESETS
 
 pytestmark = [
@@ -79,12 +80,27 @@ def test_scores_do_not_depend_on_the_batch(fitted: Fit, bottle: MVTecCategory) -
     np.testing.assert_allclose(together, backwards, atol=1e-6)
 
 
+USUAL = -7000.0
+"""log p / D down to which all of the yardstick is asked for in bf16 too. Far below, a few features are all of a sum:
+whose largest or RMS error there is the smaller one is chance."""
+
+
 def test_trained_decoders_agree_with_float64(fitted: Fit, bottle: MVTecCategory) -> None:
-    """On real features, those of defects among them, where log p / D is far below anything that was trained on."""
+    """On every defective image: log p / D falls to -1e8 there, far below anything that was trained on.
+
+    The compiled code passes the yardstick in fp32 wherever that may be. PyTorch's products round as FrEIA's do, so that
+    either may have the larger maximum; over all positions, each error relative to its value, they have the smaller RMS.
+    """
     model = fitted.model
-    paths = [sample.path for sample in bottle.test if sample.is_defective][:3]
-    batch = next(iter(load_images(paths, model.image_size, on_skip=lambda path, reason: pytest.fail(reason))))
-    for scale, features in enumerate(model.features(batch.images)):
-        case = Case(f"scale {scale + 1}", model.decoders[scale], features.contiguous())
-        rows = list(check(case))
-        assert [row.failures for row in rows] == [[] for _ in rows], rows
+    paths = [sample.path for sample in bottle.test if sample.is_defective]
+    batches = load_images(paths, model.image_size, on_skip=lambda path, reason: pytest.fail(reason))
+    for scale, maps in enumerate(zip(*[model.features(batch.images) for batch in batches], strict=True)):
+        case = Case(f"scale {scale + 1}", model.decoders[scale], torch.cat(maps))
+        for row in check(case):
+            print(f"{row.case} {row.backend} {row.precision}: {row.ours}, {row.reference}'s {row.theirs}")
+            allowed = BF16_RMS_RATIO if row.precision == "bf16" else 1.0
+            assert row.ours.relative_rms <= allowed * row.theirs.relative_rms, row
+            assert row.ours.spearman >= BF16_SPEARMAN, row
+            assert row.passed or row.backend == "torch" or row.precision == "bf16", row
+        for row in check(replace(case, lowest=USUAL)):
+            assert row.passed or row.backend == "torch", row

@@ -47,8 +47,7 @@ typedef float operand;
    A matrix of block b starts b times its own size after its pointer; so does a vector, padded to whole groups. */
 typedef struct {
     size blocks, passive, active, hidden, condition, softplus, hard, matrices;
-    float clamp;
-    double log_scale;
+    double clamp, log_scale;
     const operand *w1, *w1_condition, *w2_scale, *w2_shift;
     const float *b1, *b2_scale, *b2_shift;
     /* soft permutations: the first `matrices` blocks by a matrix in four quarters, the others by a rotation */
@@ -58,7 +57,7 @@ typedef struct {
     const float *v_offset, *w_offset, *cosine, *sine;
     /* hard permutations: active indices of a last, incomplete group point at feature D, which is always 0 */
     const int32_t *passive_index, *active_index, *order;
-    const float *gain, *shift, *output_gain, *output_shift;
+    const float *gain, *gain_rest, *shift, *output_gain, *output_gain_rest, *output_shift;
 } decoder;
 
 /* Where rows come from and go to. Row n is image n / (height width), line and column by the rest; loose rows are images
@@ -297,37 +296,61 @@ static void first_layer(const team *t, size block) {
     }
 }
 
+/* x gain + shift; rest is what rounding left of the gain. */
+INLINE twofold scaled(vec x, float gain, float rest, float shift) {
+    vec sum = fused(x, all(gain), all(shift)), product = sum - shift;
+    return (twofold){sum, fused(x, all(gain), -product) + (rest * x - ((sum - product) - shift))};
+}
+
+/* x e^j + t. In float32 with one rounding in all: far from what a decoder was trained on every block multiplies by much
+   the same e^clamp, and what that loses, as what clamp itself loses, would add up from block to block. */
+INLINE vec coupled(twofold x, vec s, double clamp, vec t, vec *j) {
+    float rounded = (float)clamp;
+    if (sizeof(operand) != sizeof(float)) {
+        *j = rounded * hyperbolic_tangent(s);
+        return x.high * exponential(*j) + t;
+    }
+    twofold bounded = precise_hyperbolic_tangent(s);
+    *j = rounded * bounded.high;
+    vec rest = fused(all(rounded), bounded.high, -*j) + (float)(clamp - rounded) * bounded.high;
+    twofold e = precise_exponential((twofold){*j, rest + rounded * bounded.low});
+    return fused(x.high, e.high, t + (x.high * e.low + x.low * e.high));
+}
+
 /* B: j = clamp tanh(s); y2 = x2 e^j + t; log_det += sum of j. */
 static void coupling(const team *t, size block) {
     const decoder *d = t->d;
     const float *gain = d->gain + block * t->half, *shift = d->shift + block * t->half;
+    const float *rest = d->gain_rest + block * t->half;
     const int32_t *index = d->active_index + block * t->half;
     EVERY_TILE(groups_of(d->active)) {
-        tile a;
-        const operand *hidden = PANEL(t->hidden, t->width), *weights = WEIGHTS(d->w2_scale, block, d->active, d->hidden);
+        tile y, s;
+        size at = (block * groups_of(d->active) + g) * OUTPUTS;
+        const operand *hidden = PANEL(t->hidden, t->width);
+        const operand *to_shift = WEIGHTS(d->w2_shift, block, d->active, d->hidden);
+        const operand *to_scale = WEIGHTS(d->w2_scale, block, d->active, d->hidden);
         float *v = PANEL(t->v, t->state), *x2 = GROUP(t->x2, t->half);
-        fill(&a, d->b2_scale + (block * groups_of(d->active) + g) * OUTPUTS);
-        multiply(&a, weights, hidden, d->hidden, NEXT(weights, d->hidden));
+        fill(&y, d->b2_shift + at);
+        multiply(&y, to_shift, hidden, d->hidden, NEXT(to_shift, d->hidden));
+        fill(&s, d->b2_scale + at);
+        multiply(&s, to_scale, hidden, d->hidden, NEXT(to_scale, d->hidden));
         vec sum[2] = {{0}, {0}};
         for (int o = 0; o < OUTPUTS; o++) {
             size f = g * OUTPUTS + o;
-            float bias = d->b2_shift[block * groups_of(d->active) * OUTPUTS + f];
             EVERY_VECTOR {
-                vec j = d->clamp * hyperbolic_tangent(a.at[o][r]);
-                vec x = d->hard ? load(v + index[f] * ROWS + r * VECTOR) * gain[f] + shift[f]
-                                : load(x2 + o * ROWS + r * VECTOR);
+                vec j;
+                twofold x = d->hard ? scaled(load(v + index[f] * ROWS + r * VECTOR), gain[f], rest[f], shift[f])
+                                    : (twofold){load(x2 + o * ROWS + r * VECTOR), all(0.0f)};
+                y.at[o][r] = coupled(x, s.at[o][r], d->clamp, y.at[o][r], &j);
                 sum[r] += j;
-                a.at[o][r] = x * exponential(j) + bias;
             }
         }
         add_to(PANEL(t->log_dets, 1), sum);
-        weights = WEIGHTS(d->w2_shift, block, d->active, d->hidden);
-        multiply(&a, weights, hidden, d->hidden, NEXT(weights, d->hidden));
         if (d->hard)
             for (int o = 0; o < OUTPUTS; o++)
-                EVERY_VECTOR store(v + index[g * OUTPUTS + o] * ROWS + r * VECTOR, a.at[o][r]);
+                EVERY_VECTOR store(v + index[g * OUTPUTS + o] * ROWS + r * VECTOR, y.at[o][r]);
         else
-            put(PANEL(t->y2, t->half), g * OUTPUTS, &a);
+            put(PANEL(t->y2, t->half), g * OUTPUTS, &y);
     }
 }
 
@@ -437,7 +460,10 @@ static void norm_of_hard(const team *t) {
         const float *v = GROUP(t->v, t->state);
         EVERY_OUTPUT {
             size f = g * OUTPUTS + o;
-            EVERY_VECTOR a.at[o][r] = load(v + o * ROWS + r * VECTOR) * d->output_gain[f] + d->output_shift[f];
+            EVERY_VECTOR {
+                vec x = load(v + o * ROWS + r * VECTOR);
+                a.at[o][r] = x * d->output_gain[f] + (x * d->output_gain_rest[f] + d->output_shift[f]);
+            }
         }
         add_squares(t, p, &a);
     }
@@ -527,7 +553,8 @@ static void write_u(const team *t, size p, int valid) {
         for (size f = 0; f < features; f++)
             if (d->hard) {
                 size from = d->order[f];
-                u[f] = PANEL(t->v, t->state)[from * ROWS + i] * d->output_gain[from] + d->output_shift[from];
+                float x = PANEL(t->v, t->state)[from * ROWS + i];
+                u[f] = x * d->output_gain[from] + (x * d->output_gain_rest[from] + d->output_shift[from]);
             } else
                 u[f] = f < d->passive ? PANEL(t->passive, t->half)[f * ROWS + i]
                                       : PANEL(t->x2, t->half)[(f - d->passive) * ROWS + i];
