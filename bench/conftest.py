@@ -41,8 +41,6 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Row
     def run(
         case: Case, contenders: dict[str, Contender], against: str, precision: str = "fp32", beside: Sequence[str] = ()
     ) -> Row:
-        if not session.peak_flops:
-            session.measure_rates()
         benchmark.group = f"{case.bench}: {case.label}"
         entrants = [Entrant(contenders[OURS], precision), Entrant(contenders[against], "fp32")]
         entrants += [Entrant(contenders[name], precision) for name in beside]

@@ -77,7 +77,6 @@ def measure_case(
     entrants: Sequence[Entrant],
     baseline: Entrant | None = None,
     effort: Effort | None = None,
-    peak_flops: dict[str, float] | None = None,
     on_progress: OnProgress = SILENT,
     turns: Turns = take_turns,
 ) -> Iterator[Row]:
@@ -105,7 +104,7 @@ def measure_case(
             _measure_memory(runner, case.device)
     for runner in runners:
         if interrupted is None or runner.is_timed:
-            yield _row(case, runner, everyone, reference, peak_flops or {})
+            yield _row(case, runner, everyone, reference)
     if interrupted is not None:
         raise interrupted
 
@@ -171,7 +170,6 @@ def _row(
     runner: _Runner,
     everyone: Sequence[_Runner],
     reference: _Runner | None,
-    peak_flops: dict[str, float],
 ) -> Row:
     entrant, judgement = runner.entrant, runner.judgement
     row = Row(
@@ -189,14 +187,13 @@ def _row(
     assert runner.built is not None
     assert runner.track is not None
     seconds = summarize(runner.track.seconds)
-    flop, peak = case.flop(), peak_flops.get(entrant.precision)
+    flop = case.flop()
     row = replace(
         row,
         note=runner.built.note,
         seconds=seconds,
         images_per_second=None if case.images is None else case.images / seconds.median,
         tflops=None if flop is None else flop / seconds.median / 1e12,
-        share_of_peak=None if flop is None or not peak else flop / seconds.median / peak,
         peak_memory_bytes=runner.memory,
         model_bytes=runner.built.model_bytes,
         extra={"prepare_seconds": runner.prepare_seconds} | case.extra(seconds.median),

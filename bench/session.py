@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
 import torch
@@ -28,10 +28,11 @@ class Session:
     rows: list[Row] = field(default_factory=list)
 
     def measure_rates(self) -> None:
-        """The device's matrix rate in every precision that it has."""
+        """The device's matrix rate in every precision that it has: the best that was ever seen, as others disturb it."""
         for precision in device_precisions(self.device):
             if precision != "tf32x3":
-                self.peak_flops[precision] = matrix_rate(precision, self.device)
+                rate = matrix_rate(precision, self.device)
+                self.peak_flops[precision] = max(rate, self.peak_flops.get(precision, 0.0))
         if "tf32" in self.peak_flops:
             self.peak_flops["tf32x3"] = self.peak_flops["tf32"] / 3  # three products for one
 
@@ -43,9 +44,16 @@ class Session:
         on_progress: OnProgress = SILENT,
         turns: Turns = take_turns,
     ) -> None:
-        """Add a row for each entrant. The speed-up is over the baseline, an entrant too or timed beside them."""
-        for row in measure_case(case, entrants, baseline, self.effort, self.peak_flops, on_progress, turns):
+        """Add a row for each entrant. The speed-up is over the baseline, an entrant too or timed beside them.
+
+        The matrix rate is measured before the first case and after every one.
+        """
+        if not self.peak_flops:
+            on_progress("the device's matrix rate", 0.0)
+            self.measure_rates()
+        for row in measure_case(case, entrants, baseline, self.effort, on_progress, turns):
             self.rows.append(row)
+        self.measure_rates()
 
     def results(self) -> Results:
         return Results(
@@ -56,8 +64,12 @@ class Session:
             seed=self.seed,
             commit=commit(),
             peak_flops=dict(self.peak_flops),
-            rows=list(self.rows),
+            rows=[self._with_share(row) for row in self.rows],
         )
+
+    def _with_share(self, row: Row) -> Row:
+        peak = self.peak_flops.get(row.precision)
+        return row if row.tflops is None or not peak else replace(row, share_of_peak=1e12 * row.tflops / peak)
 
 
 def line_up(

@@ -138,8 +138,6 @@ def run_cases(
     """Measure every case; whether Ctrl-C ended it."""
     try:
         with progress_bar(description, len(cases)) as update:
-            update(0, "the device's matrix rate")
-            session.measure_rates()
             for done, case in enumerate(cases):
 
                 def tell(text: str, share: float, done: int = done) -> None:
