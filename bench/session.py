@@ -28,7 +28,7 @@ class Session:
     rows: list[Row] = field(default_factory=list)
 
     def measure_rates(self) -> None:
-        """The device's matrix rate in every precision that it has: the best that was ever seen, as others disturb it."""
+        """The device's matrix rate in every precision that it has: the best so far, since other work disturbs it."""
         for precision in device_precisions(self.device):
             if precision != "tf32x3":
                 rate = matrix_rate(precision, self.device)
