@@ -19,15 +19,21 @@ from cflow_fast.bench.session import Session
 
 ROUNDS = int(os.environ.get("CFLOW_FAST_ROUNDS", "11"))
 SESSION = pytest.StashKey[Session]()
+WHOLE = ["bench", "--benchmark-only", "-s", "--results", "bench/results"]
+"""What `make bench-cpu` asks for."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, default=None, help="folder that cpu.json is written to")
+    parser.addoption(
+        "--results", type=Path, default=None, help="a JSON file, or the folder that cpu.json is written to"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     effort = Effort(seconds=float("inf"), least_rounds=ROUNDS, most_rounds=ROUNDS)
-    config.stash[SESSION] = Session("make bench-cpu", torch.device("cpu"), effort=effort)
+    words = [str(word) for word in config.invocation_params.args]
+    command = "make bench-cpu" if words == WHOLE else f"python -m pytest {' '.join(words)}"
+    config.stash[SESSION] = Session(command, torch.device("cpu"), effort=effort)
 
 
 @pytest.fixture
@@ -53,8 +59,10 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Row
             pytest.skip(f"{against}: {theirs.note}")
         assert (ours.status, theirs.status) == ("ok", "ok"), (ours.note, theirs.note)
         assert ours.speedup is not None
-        ratio = ours.speedup
-        print(f"\n{case.label}, {precision}: {ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] {ratio.against}")
+        ratio, row = ours.speedup, session.results().rows[before]
+        share = "" if row.share_of_peak is None else f", {row.share_of_peak:.0%} of the matrix rate"
+        interval = f"[{ratio.low:.2f}, {ratio.high:.2f}]"
+        print(f"\n{case.label}, {precision}: {ratio.median:.2f}x {interval} {ratio.against}{share}")
         return ours
 
     return run
@@ -83,6 +91,6 @@ def _driven_by(benchmark: Any) -> Callable[..., None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    measured, folder = session.config.stash.get(SESSION, None), session.config.getoption("--results")
-    if measured is not None and measured.rows and folder is not None:
-        write_results(folder / "cpu.json", measured.results())
+    measured, path = session.config.stash.get(SESSION, None), session.config.getoption("--results")
+    if measured is not None and measured.rows and path is not None:
+        write_results(path if path.suffix == ".json" else path / "cpu.json", measured.results())

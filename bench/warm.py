@@ -1,6 +1,7 @@
 """Compile kernels before they are timed, on all cores; run small ones for a memory checker.
 
     python -m cflow_fast.bench.warm SHARE OF     compile every OF-th kernel of the suite, from the SHARE-th on
+    python -m cflow_fast.bench.warm --candidates SHARE OF DEVICE    of the candidates for targets (JSON on stdin)
     python -m cflow_fast.bench.warm --small      run small decoders of every kind once
 
 Every process asks Triton itself for the binary, by the launch it will make, and Triton keeps it on disk.
@@ -8,24 +9,28 @@ Every process asks Triton itself for the binary, by the launch it will make, and
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cflow_fast.bench.headline import headlines
-from cflow_fast.bench.tune_targets import candidate_launches, targets
+from cflow_fast.bench.tune_targets import Target, candidate_launches, targets
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 
 MOST_PROCESSES = 16
+PROCESSES_BESIDE = 8
+"""At most while something is timed: each has a context on the card."""
 TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 32))
 """What the suite tunes: encoders, precisions, sizes, batches."""
 
@@ -64,6 +69,46 @@ def compile_share(share: int, of: int) -> Iterator[str]:
     failures = list(filter(None, map(_compile, mine)))
     yield str(len(mine) - len(failures))
     yield from failures
+
+
+@contextmanager
+def compiling_ahead(wanted: Sequence[Target], device: torch.device) -> Iterator[None]:
+    """Processes that compile the candidates for targets in the order in which they are tried, until this is left.
+
+    They yield to whoever measures, and what they have not reached is compiled by whoever wants it.
+    """
+    count = min(PROCESSES_BESIDE, (os.cpu_count() or 1) - 1)
+    text = json.dumps([asdict(target) for target in wanted])
+    running = []
+    for share in range(count):
+        command = [sys.executable, "-m", "cflow_fast.bench.warm", "--candidates", *map(str, (share, count, device))]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+        )
+        running.append(process)
+        assert process.stdin is not None
+        try:
+            process.stdin.write(text)
+            process.stdin.close()
+        except OSError:  # it ended already
+            continue
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+        for process in running:
+            process.wait()
+
+
+def compile_candidates(wanted: Sequence[Target], chip: Chip, share: int, of: int) -> None:
+    """Every of-th of the binaries that tuning for these targets asks for, from the share-th on, in its order."""
+    seen: set[object] = set()
+    for launch in candidate_launches(wanted, chip):
+        key = _binary_key(launch)
+        if key not in seen and len(seen) % of == share:
+            _compile(launch)
+        seen.add(key)
 
 
 def _measured_launches(chip: Chip) -> Iterator[Launch]:
@@ -120,5 +165,10 @@ def run_small() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--small"]:
         run_small()
+    elif sys.argv[1:2] == ["--candidates"]:
+        os.nice(10)
+        torch.cuda.set_device(torch.device(sys.argv[4]))
+        read = [Target(**fields) for fields in json.load(sys.stdin)]
+        compile_candidates(read, Chip.of(torch.device(sys.argv[4])), int(sys.argv[2]), int(sys.argv[3]))
     else:
         print(*compile_share(int(sys.argv[1]), int(sys.argv[2])), sep="\n")

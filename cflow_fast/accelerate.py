@@ -33,7 +33,7 @@ def accelerate(module: nn.Module, precision: str = "auto", inplace: bool = False
     Args:
         module: FrEIA's SequenceINN or a module with some inside (anomalib's CflowModel, a ModuleList, ...).
         precision: as FlowDecoder.fold takes it.
-        inplace: replace within `module` instead of in a copy.
+        inplace: replace within `module` instead of in a copy. A SequenceINN itself cannot be: take what is returned.
 
     The result has an attribute `acceleration` (printable) that says what was replaced and what was left and why; what
     was left is logged as a warning too. The replaced decoders are for inference: they have no gradients, no inverse.

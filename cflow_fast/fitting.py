@@ -52,6 +52,8 @@ class Fit:
         recipe: see `recipes`.
         holdout: share of the images that play no part in fitting or in the maxima.
         false_alarm_rate: of good images, that the thresholds promise; unused with holdout 0.
+
+    Raises DataError when too few images can be read for the split, ValueError for shares and rates that are none.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Fit:
         return self._load(list(range(len(self.split.fit))))
 
     def calibrate(self) -> None:
+        """Maxima from the images that were fitted to, thresholds from those held out; as `calibrate` of this module."""
         calibrate(self.model, self.split, self.false_alarm_rate, self.batch_size, self.workers)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:

@@ -47,6 +47,7 @@ class FoldedDecoder(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_decoder(cls, decoder: FlowDecoder, precision: str = "auto") -> FoldedDecoder:
+        """As `FlowDecoder.fold`. Raises ValueError for a precision that is none."""
         resolved = resolve_precision(precision, decoder.device, decoder.dtype)
         storage = arithmetic(resolved, decoder.device).storage
         return cls(fold_weights(decoder, storage), resolved)

@@ -43,6 +43,7 @@ class CFlowAD(nn.Module):
 
     `model(images)` gives anomaly maps, `predict` everything about an image. Before a prediction a model is trained
     and calibrated (`cflow_fast.Fit` does both); `save` stores it all.
+    Raises EncoderError for an encoder, layers or weights that cannot be had, ValueError for options out of range.
     """
 
     log_prob_max: Tensor  # (K,) largest log p / D on good images at each scale, NaN until calibrated
@@ -152,6 +153,7 @@ class CFlowAD(nn.Module):
         return self._fetched
 
     def set_thresholds(self, image: float, pixel: float, false_alarm_rate: float | None = None) -> None:
+        """Store thresholds of image and pixel scores, and the rate of false alarms that they promise or None."""
         self.thresholds.copy_(torch.tensor([image, pixel]))
         self.false_alarm_rate.fill_(torch.nan if false_alarm_rate is None else false_alarm_rate)
 
@@ -179,8 +181,8 @@ class CFlowAD(nn.Module):
     def predict(self, images: Tensor | ImageLike | Iterable[ImageLike], batch_size: int = 8) -> list[Prediction]:
         """Inspect images: a tensor (B, 3, H, W) in [0, 1], or one or several paths, PIL images or arrays (H, W[, 3]).
 
-        Each is converted to 8-bit RGB and gets its anomaly map at its own size. Raises DataError naming an image that
-        cannot be read, CFlowFastError when the model is not calibrated.
+        All but tensors are converted to 8-bit RGB; each gets its anomaly map at its size. Raises DataError naming an
+        image that cannot be read, CFlowFastError when the model is not calibrated.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is at least 1, got {batch_size}")
@@ -229,7 +231,10 @@ class CFlowAD(nn.Module):
         return self._fused_encoder
 
     def calibrate_maxima(self, batches: Iterable[Tensor]) -> None:
-        """Find each scale's largest log p / D over batches (B, 3, H, W) of good images; settles both precisions."""
+        """Find each scale's largest log p / D (nats) over batches (B, 3, H, W) of good images; settles both precisions.
+
+        Raises DataError when there is no image, or none with finite features.
+        """
         self.precision = resolve_precision(self.precision, self.device)
         self.encoder_precision = resolve_encoder_precision(self.encoder_precision, self.device)
         maxima = torch.full_like(self.log_prob_max, -torch.inf)
@@ -244,7 +249,8 @@ class CFlowAD(nn.Module):
         """Set both thresholds from the scores of good images that played no part in fitting or in the maxima.
 
         An image's score is its map's maximum, so one conformal quantile serves both: an image has a pixel above the
-        threshold exactly when its score is.
+        threshold exactly when its score is. Warns where so few scores cannot promise that rate; raises ValueError for
+        a rate that is none, DataError without scores.
         """
         conformal = conformal_threshold(scores, false_alarm_rate)
         if conformal.limited:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def positional_encoding(channels: int, height: int, width: int) -> Tensor:
-    """Encode every position of an H x W map: float64 (C, H, W).
+    """Encode every position of an H x W map, the condition vectors of the paper: float64 (C, H, W).
 
     For i < C/4: c[2i] = sin(column 10000^(-4i/C)) and c[2i+1] = cos(the same); the channels from C/2 on are the same
     in the row. Raises ValueError unless C is a positive multiple of 4.

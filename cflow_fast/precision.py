@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +42,7 @@ def arithmetic(precision: str, device: torch.device) -> Arithmetic:
         case "fp64":
             return Arithmetic(precision, torch.float64, torch.float64)
         case "bf16" if not multiplies_bf16(device):
-            note = f"this {device.type} has no bf16 multiplication: weights are stored in bf16, multiplied in fp32"
+            note = f"this {device.type} has no fast bf16 multiplication: weights are stored in bf16, multiplied in fp32"
             return Arithmetic(precision, torch.bfloat16, torch.float32, note)
         case "bf16":
             return Arithmetic(precision, torch.bfloat16, torch.bfloat16)
@@ -68,9 +70,28 @@ def multiplies_bf16(device: torch.device) -> bool:
         case "cuda":
             return torch.cuda.get_device_capability(device) >= (8, 0)
         case "cpu":
-            return cpu_has("amx_bf16") or cpu_has("avx512_bf16")
+            return cpu_has("amx_bf16") or (cpu_has("avx512_bf16") and _vector_bf16_pays())
         case _:
             return False
+
+
+BF16_PAYS = 1.3
+"""How many times fp32's rate bf16 without matrix units has to reach; what is found is far from it on either side."""
+
+
+@functools.cache
+def _vector_bf16_pays() -> bool:
+    """Whether vectors of bf16 multiply faster than vectors of fp32, which a CPU does not say: measured once."""
+
+    best: dict[torch.dtype, float] = {}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(12):
+            for dtype in (torch.float32, torch.bfloat16):  # in turns, so that other work disturbs both
+                a, b = torch.ones(2, 512, 512, dtype=dtype, device="cpu")
+                start = time.perf_counter()
+                torch.mm(a, b)
+                best[dtype] = min(time.perf_counter() - start, best.get(dtype, float("inf")))
+    return best[torch.float32] > BF16_PAYS * best[torch.bfloat16]
 
 
 _CPU_QUERIES = {

@@ -82,6 +82,13 @@ def test_inplace_replaces_within_the_module_itself() -> None:
     assert detector.encoder is encoder
 
 
+def test_sequence_itself_is_returned_as_another_module_even_inplace() -> None:
+    sequence = freia_decoder(24)
+    fast = accelerate(sequence, "fp32", inplace=True)
+    assert isinstance(fast, FoldedDecoder)
+    assert isinstance(sequence, SequenceINN)
+
+
 def test_what_is_left_is_told_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     detector = Detector(freia_decoder(24), refused_decoder(9))
     with caplog.at_level(logging.WARNING, "cflow_fast"):

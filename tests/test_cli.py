@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,12 @@ def test_help_names_every_command() -> None:
         assert f"\n  {command} " in result.stdout
         assert run(command, "--help").exit_code == 0
     assert run("--version").stdout.startswith("cflow-fast")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    result = subprocess.run([sys.executable, "-m", "cflow_fast", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == run("--version").stdout
 
 
 def test_predict_inspects_files_and_folders(model: CFlowAD, model_path: Path, category: Path, tmp_path: Path) -> None:

@@ -111,6 +111,13 @@ def test_f1_optimal_thresholds_come_from_the_labelled_images(category: Path, tmp
     assert model.false_alarm_rate.isnan()
 
 
+def test_images_read_by_other_processes_train_the_same_model(category: Path, tmp_path: Path) -> None:
+    assert train(category, tmp_path / "alone.safetensors").exit_code == 0
+    assert train(category, tmp_path / "ahead.safetensors", "--workers", "2").exit_code == 0
+    alone, ahead = (CFlowAD.load(tmp_path / f"{name}.safetensors") for name in ("alone", "ahead"))
+    assert same_tensors(alone, ahead)
+
+
 class StopHereError(Exception):
     """Ends the command where training would begin."""
 

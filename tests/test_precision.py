@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cflow_fast import precision
 from cflow_fast.precision import PRECISIONS, arithmetic, cpu_has, multiplies_bf16, resolve_precision
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -30,9 +31,9 @@ def test_bf16_is_never_multiplied_where_it_is_slow(bf16: bool) -> None:
 
 
 def test_explicit_precisions_are_kept() -> None:
-    for precision in PRECISIONS[1:]:
-        assert resolve_precision(precision, CPU) == precision
-        assert arithmetic(precision, CPU).precision == precision
+    for name in PRECISIONS[1:]:
+        assert resolve_precision(name, CPU) == name
+        assert arithmetic(name, CPU).precision == name
     assert arithmetic("fp64", CPU).operands == torch.float64
     assert str(arithmetic("fp32", CPU)) == "fp32"
     assert str(arithmetic("tf32", CPU)) == "tf32 (no tf32 on this cpu: fp32)"
@@ -40,19 +41,42 @@ def test_explicit_precisions_are_kept() -> None:
 
 
 def test_gpu_stores_and_takes_float32_for_everything_made_of_tf32() -> None:
-    for precision in ("fp32", "tf32x3", "tf32"):
-        taken = arithmetic(precision, torch.device("cuda"))
-        assert (taken.storage, taken.operands, str(taken)) == (torch.float32, torch.float32, precision)
+    for name in ("fp32", "tf32x3", "tf32"):
+        taken = arithmetic(name, torch.device("cuda"))
+        assert (taken.storage, taken.operands, str(taken)) == (torch.float32, torch.float32, name)
 
 
 def test_device_of_unknown_abilities_has_no_bf16() -> None:
     assert not multiplies_bf16(META)
-    assert "this meta has no bf16" in str(arithmetic("bf16", META))
+    assert "this meta has no fast bf16" in str(arithmetic("bf16", META))
 
 
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision is one of auto, fp64, fp32, tf32x3, tf32, bf16, got 'int8'"):
         resolve_precision("int8", CPU)
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_bf16_without_matrix_units_is_taken_where_it_is_measured_to_pay(
+    pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes by the dtypes of the products that are timed."""
+    now = 0.0
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 1.0 if (a.dtype == torch.bfloat16) == pays else 2.0
+        return a
+
+    monkeypatch.setattr(precision.torch, "mm", multiply)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(precision, "cpu_has", lambda feature: feature == "avx512_bf16")
+    precision._vector_bf16_pays.cache_clear()
+    try:
+        assert multiplies_bf16(CPU) == pays
+        assert arithmetic("bf16", CPU).operands == (torch.bfloat16 if pays else torch.float32)
+    finally:
+        precision._vector_bf16_pays.cache_clear()
 
 
 def test_cpu_that_has_avx512_has_avx2() -> None:

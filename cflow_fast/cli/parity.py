@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cflow_fast import parity as checks
 from cflow_fast.cli.common import console, device_option, progress_bar
-from cflow_fast.files import write_text
+from cflow_fast.files import check_writable, write_text
 from cflow_fast.model import CFlowAD
 
 
@@ -29,6 +29,8 @@ def parity(model: Path | None, json_path: Path | None, seed: int, device: torch.
     Every decoder size with random parameters, or MODEL's own decoders; every precision that this machine has. Exits
     with 1 when a comparison fails.
     """
+    if json_path:
+        check_writable(json_path)
     cases: Iterable[checks.Case] = _random_cases(seed, device)
     total = 2 * len(checks.SIZES)
     if model:
@@ -46,7 +48,8 @@ def parity(model: Path | None, json_path: Path | None, seed: int, device: torch.
         )
     failed = [row for row in rows if not row.passed]
     for row in failed:
-        console.print(f"{row.case}, {row.precision}: {'; '.join(row.failures)}", markup=False, soft_wrap=True)
+        words = f"{row.case}, {row.backend}, {row.precision}: {'; '.join(row.failures)}"
+        console.print(words, markup=False, soft_wrap=True)
     sys.exit(1 if failed else 0)
 
 

@@ -167,6 +167,7 @@ def _measure(
     """The exit code. What was found is stored however the search ends."""
     from cflow_fast.bench.tune import choose_by_measurement, table_of
     from cflow_fast.bench.tune_card import CardTimer
+    from cflow_fast.bench.warm import compiling_ahead
     from cflow_fast.kernels.chip import Chip
     from cflow_fast.kernels.tuning import cache_path, shipped_table
     from cflow_fast.kernels.tuning_table import checked_target
@@ -178,7 +179,7 @@ def _measure(
     began, code = time.monotonic(), 0
     found: list[Finding] = []
     try:
-        with progress_bar("tuning", 60 * minutes) as update:
+        with compiling_ahead(wanted, device), progress_bar("tuning", 60 * minutes) as update:
             for finding in choose_by_measurement(
                 wanted, chip, CardTimer(device), began + 60 * minutes, shipped_table(chip), tails
             ):
