@@ -88,6 +88,19 @@ def implementation(flow: Flow, rows: int = 1) -> str:
     return "torch" if isinstance(flow, TunedFlow) and flow.backend(rows) == "plain" else "triton"
 
 
+def other_way(flow: Flow, arithmetic: Arithmetic, rows: int = 1) -> tuple[str, Flow] | None:
+    """What else could do the work of such a flow, by `implementation`'s names: to be compared with it."""
+    if isinstance(flow, CpuFlow):
+        return "torch", torch_flow(flow.weights, arithmetic)
+    if isinstance(flow, TorchFlow):
+        return None
+    from cflow_fast.kernels.tuned_flow import TunedFlow
+
+    if not isinstance(flow, TunedFlow):
+        return None
+    return ("triton", flow.triton) if flow.backend(rows) == "plain" else ("torch", flow.plain())
+
+
 def anomaly_map(log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequence[float] | None) -> Tensor:
     """See cflow_fast.anomaly_map. Only PyTorch has gradients and precisions other than float32."""
     chosen = backend(log_probs[0].device)

@@ -111,18 +111,18 @@ def check(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Row]:
 
 
 def ways(folded: FoldedDecoder, rows: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """A folded decoder by what it takes for maps of so many positions, by name; on a CPU by PyTorch too."""
-    taken = ops.implementation(folded.flow, rows)
-    yield taken, folded.log_prob
-    if taken == "compiled":
-        flow = ops.torch_flow(folded.weights, folded.arithmetic)
+    """A folded decoder by what it takes for maps of so many positions, by name; and by what else could do it here."""
+    yield ops.implementation(folded.flow, rows), folded.log_prob
+    other = ops.other_way(folded.flow, folded.arithmetic, rows)
+    if other is not None:
+        name, flow = other
 
-        def by_torch(features: Tensor) -> Tensor:
+        def by_other(features: Tensor) -> Tensor:
             condition = encoding_factors(folded.condition, *features.shape[2:]) if folded.condition else None
             with torch.no_grad():
                 return flow.log_prob_map(features, condition)
 
-        yield "torch", by_torch
+        yield name, by_other
 
 
 def yardstick_of(precision: str, device: torch.device) -> str:

@@ -52,6 +52,10 @@ class TunedFlow:
         chosen = tuning.choice(problem, self.triton.chip)
         return "triton" if chosen is None or not self._as_measured() else chosen.backend
 
+    def plain(self) -> TorchFlow:
+        """A plain path of its own."""
+        return TorchFlow(self.weights, self.operand_dtype, packed=False, fused=True)
+
     def _as_measured(self) -> bool:
         """PyTorch's float32 products are float32, unless the caller switched tf32 on for the whole process."""
         try:
@@ -66,7 +70,7 @@ class TunedFlow:
             if plain is None or (encoding is not None and (height, width) not in plain.tables):
                 if self._in_capture():
                     return None
-                plain = plain or TorchFlow(self.weights, self.operand_dtype, packed=False, fused=True)
+                plain = plain or self.plain()
                 if encoding is not None:
                     plain._tables_for(height, width, encoding)
                 finish(self.weights.device)

@@ -458,6 +458,19 @@ def test_float32_stays_float32_where_tf32_was_switched_on(monkeypatch: pytest.Mo
     assert flow.backend(30) == "triton"
 
 
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+def test_parity_compares_what_is_taken_and_what_is_not(backend: str, calls: list[str]) -> None:
+    decoder_table(backend, 32)
+    flow, how = tuned_flow(), arithmetic("fp32", torch.device("cpu"))
+    name, other = ops.other_way(flow, how, 32) or ("", flow)
+    assert {ops.implementation(flow, 32), name} == {"torch", "triton"}
+    maps, encoding = torch.randn(2, FEATURES, *SIDES), encoding_factors(CONDITION, *SIDES)
+    taken, compared = flow.log_prob_map(maps, encoding), other.log_prob_map(maps, encoding)
+    assert calls == (["TorchFlow", "TritonFlow"] if backend == "plain" else ["TritonFlow", "TorchFlow"])
+    torch.testing.assert_close(taken, compared, rtol=1e-5, atol=1e-4)
+    assert ops.other_way(flow.triton, how) is None, "forced: there is nothing beside it"
+
+
 def test_where_pytorch_does_not_say_how_it_multiplies_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
     def mixed() -> str:
         raise RuntimeError("PyTorch is checking whether allow_tf32_new is enabled")
