@@ -1,17 +1,21 @@
-"""A model small enough to be trained many times, and a category of images to train and test it on."""
+"""A small model and a category of images for it; threads; memory that shows what nobody has written."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated; before anything imports triton
 
 import numpy as np
 import pytest
+import torch
+from compiled_code import With, stale_empty
 from tiny import calibrated_model, save_image, texture
 
+from cflow_fast.kernels import cpu_flow, cpu_library, cpu_map
 from cflow_fast.model import CFlowAD
 
 GOOD_IMAGES = 12
@@ -51,3 +55,17 @@ def _calibrated(good_paths: list[Path]) -> CFlowAD:
 def model(_calibrated: CFlowAD) -> CFlowAD:
     """A tiny model with maxima and thresholds from good images; the test may change it."""
     return copy.deepcopy(_calibrated)
+
+
+@pytest.fixture
+def stale_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiled code is given to write to is NaN."""
+    for module in (cpu_library, cpu_flow, cpu_map):
+        monkeypatch.setattr(module, "torch", With(torch, empty=stale_empty))
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

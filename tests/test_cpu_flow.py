@@ -1,12 +1,10 @@
-"""Compiled code for CPUs: teams of threads, chunks, tails, memory, its own functions, faults, and the choice of it."""
+"""Compiled flows on CPUs: teams of threads, chunks, tails, memory, faults, and the choice of compiled code."""
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_code import (
+    CPU,
+    SOURCES,
+    VARIANTS,
+    assert_same_map,
+    built,
+    compiled,
+    needs_compiler,
+    scales_of,
+)
 from flows import rough_decoder
 from torch import Tensor
 
 from cflow_fast import ops
-from cflow_fast.kernels import cpu_flow, cpu_library, cpu_map
+from cflow_fast.kernels import cpu_library, cpu_map
 from cflow_fast.kernels.anomaly_map import anomaly_map
 from cflow_fast.kernels.cpu_flow import CpuFlow
 from cflow_fast.kernels.cpu_library import Library, library, library_file
@@ -28,67 +36,18 @@ from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.weights import FlowWeights, SoftMixing
 from cflow_fast.positional import encoding_factors
-from cflow_fast.precision import arithmetic, cpu_has
+from cflow_fast.precision import arithmetic
 
-SOURCES = Path(cpu_flow.__file__).with_name("cpu")
-CPU = torch.device("cpu")
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-VARIANTS: dict[str, tuple[torch.dtype, str, list[str]]] = {
-    "avx2": (torch.float32, "avx2", []),
-    "avx512": (torch.float32, "avx512", AVX512),
-    "amx": (torch.bfloat16, "amx_bf16", [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
-}
+pytestmark = pytest.mark.usefixtures("stale_memory")
+
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 0.05}
 """Of the deviation of log p / D, for decoders of few features."""
 MAPS = [(1, 1, 1), (2, 5, 7), (3, 16, 16), (1, 20, 33), (1, 32, 32), (5, 1, 40), (2, 8, 8)]
-
-needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
-
-
-def built(name: str) -> Library:
-    """The variant as the package was installed with it; skips where it is missing or the CPU cannot run it."""
-    operand, feature, _ = VARIANTS[name]
-    path = library_file(f"_flow_{name}")
-    if path is None or library(torch.float32) is None or not cpu_has(feature):
-        pytest.skip(f"no compiled code for {name} here")
-    if name == "amx" and not cpu_library.may_use_amx():
-        pytest.skip("this process may not use AMX")
-    return Library(path, operand)
 
 
 @pytest.fixture(params=VARIANTS)
 def lib(request: pytest.FixtureRequest) -> Library:
     return built(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _stale_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody has written is NaN in every precision."""
-
-    def stale(*shape: int, **options: Any) -> Tensor:
-        tensor = torch.zeros(*shape, **options)
-        tensor.view(torch.uint8).fill_(255)
-        return tensor
-
-    for module in (cpu_library, cpu_flow, cpu_map):
-        monkeypatch.setattr(module, "torch", _With(torch, empty=stale))
-
-
-class _With:
-    """A module with some of its names replaced."""
-
-    def __init__(self, module: Any, **names: Any) -> None:
-        self.__dict__.update(names, _module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def weights_of(features: int, condition: int, operand: torch.dtype, **options: Any) -> FlowWeights:
@@ -194,6 +153,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 import test_cpu_flow as t
+import test_cpu_map as m
 from cflow_fast.kernels import cpu_map
 from cflow_fast.kernels.cpu_flow import CpuFlow
 from cflow_fast.kernels.cpu_library import Library
@@ -212,8 +172,8 @@ for count in (1, 2, 3):
                 maps = torch.randn(batch, features, height, width)
                 flow.log_prob_map(maps, encoding_factors(condition, height, width) if condition else None)
             flow.rows(torch.randn(70, features), torch.randn(70, condition) if condition else None, want_u=True)
-    for height, width in t.SIZES if sys.argv[3] != "amx" else ():
-        cpu_map.anomaly_map(t.scales_of(2), (height, width), [0.0, 0.5], lib)
+    for height, width in m.SIZES if sys.argv[3] != "amx" else ():
+        cpu_map.anomaly_map(m.scales_of(2), (height, width), [0.0, 0.5], lib)
 print("clean")
 """
 
@@ -236,187 +196,6 @@ def test_no_access_is_out_of_bounds(name: str, tmp_path: Path) -> None:
 
 def _runtime(name: str) -> str:
     return subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-
-
-def compiled(folder: Path, source: Path, name: str, *options: str) -> Path:
-    path = folder / f"{name}.so"
-    flags = ["-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-mavx2", "-mfma", *VARIANTS[name][2]]
-    flags += ["-I", str(SOURCES)]
-    subprocess.run(["gcc", *flags, *options, str(source), "-o", str(path)], check=True, timeout=300)
-    return path
-
-
-# Epilogues
-
-
-@pytest.fixture(scope="module", params=["avx2", "avx512"])
-def functions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
-    built(request.param)
-    folder = tmp_path_factory.mktemp("functions")
-    loops = [
-        f"EXPORTED void {name}_of(const float *x, float *y, size n) "
-        f"{{ for (size i = 0; i < n; i += VECTOR) *(loose *)(y + i) = {name}(*(const loose *)(x + i)); }}"
-        for name in ("exponential", "hyperbolic_tangent", "softplus")
-    ]
-    loops += [
-        f"EXPORTED void {name}_of(const float *x, float *y, size n) {{ for (size i = 0; i < n; i += VECTOR) {{ "
-        f"twofold two = {call}; *(loose *)(y + i) = two.high; *(loose *)(y + n + i) = two.low; }} }}"
-        for name, call in (
-            ("precise_exponential", "precise_exponential((twofold){*(const loose *)(x + i), all(3e-8f)})"),
-            ("precise_hyperbolic_tangent", "precise_hyperbolic_tangent(*(const loose *)(x + i))"),
-        )
-    ]
-    (folder / "functions.c").write_text("\n".join([f'#include "{SOURCES / "flow.h"}"', *loops]))
-    return ctypes.CDLL(str(compiled(folder, folder / "functions.c", request.param, "-O2")))
-
-
-def applied(functions: Any, name: str, x: Tensor, parts: int = 1) -> Tensor:
-    """(parts, n), or (n,) for one; the parts of a number are added up by whoever wants it."""
-    y = torch.empty(parts, len(x)).squeeze(0)
-    function = getattr(functions, f"{name}_of")
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
-    function(x.data_ptr(), y.data_ptr(), len(x))
-    return y
-
-
-FUNCTIONS = {"exponential": torch.exp, "hyperbolic_tangent": torch.tanh, "softplus": torch.nn.functional.softplus}
-
-
-@pytest.mark.parametrize(
-    ("name", "low", "high", "bound"),
-    [
-        ("exponential", -87.0, 88.0, 1.2e-7),
-        ("exponential", -1e-3, 1e-3, 1.2e-7),
-        ("hyperbolic_tangent", -30.0, 30.0, 2.0e-7),
-        ("hyperbolic_tangent", -1.0, 1.0, 2.0e-7),
-        ("hyperbolic_tangent", -1e-6, 1e-6, 1.0e-7),
-        ("softplus", -80.0, 80.0, 3.6e-7),
-        ("softplus", -1.0, 1.0, 3.6e-7),
-    ],
-)
-def test_functions_are_right_to_a_few_last_places(
-    functions: Any, name: str, low: float, high: float, bound: float
-) -> None:
-    x = torch.linspace(low, high, 1 << 18)
-    expected = FUNCTIONS[name](x.double())
-    error = (applied(functions, name, x) - expected).abs()
-    assert (error <= bound * expected.abs()).all()
-
-
-@pytest.mark.parametrize("high", [1e-6, 1.0, 1.9, 8.0, 40.0])
-def test_precise_functions_have_more_digits_than_float32(functions: Any, high: float) -> None:
-    x = torch.linspace(-high, high, 1 << 18)
-    for name, function, argument, bound in (
-        ("precise_exponential", torch.exp, x.double() + float(torch.tensor(3e-8)), 3e-9),
-        ("precise_hyperbolic_tangent", torch.tanh, x.double(), 2.5e-8),
-    ):
-        exact = function(argument)
-        parts = applied(functions, name, x, parts=2)
-        assert ((parts.double().sum(0) - exact).abs() <= bound * exact.abs()).all()
-        assert (parts[1].abs() <= 1.6e-7 * parts[0].abs()).all()
-
-
-def test_functions_at_their_ends(functions: Any) -> None:
-    ends = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e30, -1e30, 200.0] * 2)
-    for name, function in FUNCTIONS.items():
-        y, expected = applied(functions, name, ends), function(ends)
-        assert torch.equal(y.isnan(), ends.isnan())
-        finite = expected.isfinite()
-        torch.testing.assert_close(y[finite], expected[finite], rtol=3e-7, atol=2e-38)
-        assert (y[expected.isinf()] > 1e38).all()
-    for name in ("exponential", "hyperbolic_tangent"):
-        parts = applied(functions, f"precise_{name}", ends, parts=2)
-        torch.testing.assert_close(parts[0], applied(functions, name, ends), rtol=3e-7, atol=2e-38, equal_nan=True)
-        assert torch.equal(parts[1].isnan(), ends.isnan())
-
-
-# The anomaly map
-
-SIZES = [(1, 1), (7, 5), (16, 16), (1, 40), (33, 65), (3, 2)]
-
-
-@pytest.fixture(params=["avx2", "avx512"])
-def float_lib(request: pytest.FixtureRequest) -> Library:
-    return built(request.param)
-
-
-def scales_of(batch: int) -> list[Tensor]:
-    return [torch.randn(batch, 8, 9) - 2, torch.randn(batch, 4, 1) - 2]
-
-
-def assert_same_map(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6, equal_nan=True)
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_map_is_that_of_its_twin(
-    float_lib: Library, batch: int, size: tuple[int, int], count: int, threads: Any
-) -> None:
-    threads(count)
-    scales, maxima = scales_of(batch), [-1.0, 0.5]
-    assert_same_map(cpu_map.anomaly_map(scales, size, maxima, float_lib), anomaly_map(scales, size, maxima))
-
-
-def test_map_of_scales_in_any_strides_and_of_many(float_lib: Library) -> None:
-    scales = [torch.randn(7, 5, 3).permute(2, 1, 0) - 2, *(torch.randn(3, n, n + 1) - 2 for n in range(1, 10))]
-    maxima = [0.1 * k for k in range(10)]
-    assert_same_map(cpu_map.anomaly_map(scales, (20, 31), maxima, float_lib), anomaly_map(scales, (20, 31), maxima))
-
-
-def test_map_keeps_what_is_not_finite_to_its_neighbourhood_and_out_of_the_score(float_lib: Library) -> None:
-    for value in (math.nan, math.inf, -math.inf):
-        scales = scales_of(3)
-        scales[0][1, 3, 4] = value
-        scales[1][2] = value
-        ours = cpu_map.anomaly_map(scales, (33, 65), [0.0, 0.0], float_lib)
-        assert_same_map(ours, anomaly_map(scales, (33, 65), [0.0, 0.0]))
-        assert ours[1].isnan().tolist() == [False, False, True]
-
-
-def test_map_of_likelihoods_far_above_and_below_the_maxima(float_lib: Library) -> None:
-    scales = [torch.tensor([[[5.0, -200.0, 3e38, -3e38]]])]
-    ours, score = cpu_map.anomaly_map(scales, (1, 4), [0.0], float_lib)
-    torch.testing.assert_close(ours, torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]), rtol=0, atol=1e-30)
-    assert score.tolist() == [1.0]
-
-
-MAP_FAULTS = {
-    "corners are not aligned": ("(float)(inputs - 1) / (float)(outputs - 1)", "(float)inputs / (float)outputs"),
-    "rows of the wrong image": ("(image * s->height + upper) * s->width", "upper * s->width"),
-    "weights change places": (
-        "* (1.0f - weight) + gather(from + 1, left) * weight",
-        "* weight + gather(from + 1, left) * (1.0f - weight)",
-    ),
-    "the cap is missing": ("at_most(exponential(x - s->maximum), 1.0f)", "exponential(x - s->maximum)"),
-    "the maximum is not taken off": ("exponential(x - s->maximum)", "exponential(x)"),
-    "the score sees columns that are not there": ("value[i] = -INFINITY", "value[i] = 9.0f"),
-    "not finite passes for 0": (
-        "store(probabilities + i * VECTOR, p + nothing)",
-        "store(probabilities + i * VECTOR, p)",
-    ),
-}
-
-
-@needs_compiler
-@pytest.mark.parametrize("fault", MAP_FAULTS)
-def test_planted_fault_in_the_map_shows(fault: str, tmp_path: Path) -> None:
-    built("avx2")
-    right, wrong = MAP_FAULTS[fault]
-    source = (SOURCES / "map.h").read_text()
-    assert right in source, f"the code has changed: {right!r} is not in it"
-    (tmp_path / "map.c").write_text(source.replace(right, wrong) + '#include "flow.h"\n#include "interface.h"\n')
-    faulty = Library(compiled(tmp_path, tmp_path / "map.c", "avx2", "-O1"), torch.float32)
-    scales = scales_of(3)
-    scales[0][0, 0, 0], scales[0][1, 2, 2] = 4.0, -math.inf
-    with pytest.raises(AssertionError):
-        assert_same_map(
-            cpu_map.anomaly_map(scales, (33, 65), [-1.0, 0.5], faulty), anomaly_map(scales, (33, 65), [-1.0, 0.5])
-        )
 
 
 # Teeth
