@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 from cflow_fast import lite0
-from cflow_fast.demo import run
+from cflow_fast.demo import run, textures
+from cflow_fast.demo.textures import make_textures
 from cflow_fast.errors import EncoderError
 from cflow_fast.model import CFlowAD
 
@@ -41,6 +43,36 @@ def test_demo_without_weights_says_that_the_encoder_is_untrained(monkeypatch: py
     assert not is_trained
     assert "UNTRAINED" in said[0]
     assert "no weights here" in said[0]
+
+
+def test_demo_without_weights_calibrates_the_encoder_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the three textures, few images, two steps; its batch norms are calibrated, or nothing comes through."""
+
+    def untrained_only(name: str, pretrained: bool = True) -> CFlowAD:
+        if pretrained:
+            raise EncoderError("no weights here")
+        return CFlowAD(name, pretrained=False)
+
+    def one_texture(out: Path, seed: int, validation: int) -> list[Path]:
+        return make_textures(out, seed, train=6, good=2, defects=1, validation=4)
+
+    calibrated: list[object] = []
+    right = run.calibrate_batch_norm
+    monkeypatch.setattr(run, "calibrate_batch_norm", lambda *given: calibrated.append(right(*given)))
+    monkeypatch.setattr(run, "CFlowAD", untrained_only)
+    monkeypatch.setattr(run, "make_textures", one_texture)
+    monkeypatch.setattr(textures, "TEXTURES", {"grass": textures.TEXTURES["grass"]})
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few images promise little, and say so
+        (result,) = run.run_demo(tmp_path, steps=2, say=said.append)
+    assert len(calibrated) == 1
+    assert "UNTRAINED" in said[0]
+    assert said[1].startswith("grass")
+    assert 0 <= result.evaluation.image_auroc <= 1
+    assert (tmp_path / "index.html").stat().st_size > 0
 
 
 def test_untrained_encoder_can_be_built_and_keeps_its_taps() -> None:

@@ -117,6 +117,7 @@ def _write_summary(folder: Path, results: list[DemoResult]) -> None:
     notes = [
         "The photographs of brick, gravel and grass come with scikit-image (CC0); the defects were drawn into them.",
         "Training images and test images are cut from different parts of a photograph.",
+        f"The threshold comes from {VALIDATION} more good images, cut from the part that is tested on.",
     ]
     write_page(folder / "index.html", "Defects found after seeing good images only", pages, notes)
     figure(
