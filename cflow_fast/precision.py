@@ -82,7 +82,6 @@ BF16_PAYS = 1.3
 @functools.cache
 def _vector_bf16_pays() -> bool:
     """Whether vectors of bf16 multiply faster than vectors of fp32, which a CPU does not say: measured once."""
-
     best: dict[torch.dtype, float] = {}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(12):

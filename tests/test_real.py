@@ -99,6 +99,14 @@ def test_trained_decoders_agree_with_float64(fitted: Fit, defective: list[Path])
     assert_as_exact_as_freia(fitted.model, defective)
 
 
+def test_trained_decoders_keep_the_whole_yardstick_every_way(fitted: Fit, defective: list[Path]) -> None:
+    """On three defective images, by PyTorch's products and in bf16 too."""
+    images = load_images(defective[:3], fitted.model.image_size, on_skip=lambda path, reason: pytest.fail(reason))
+    for scale, features in enumerate(fitted.model.features(next(iter(images)).images)):
+        rows = list(check(Case(f"scale {scale + 1}", fitted.model.decoders[scale], features.contiguous())))
+        assert [row.failures for row in rows] == [[] for _ in rows], rows
+
+
 def test_trained_soft_permutations_agree_with_float64(bottle: MVTecCategory, defective: list[Path]) -> None:
     """After a tenth of the steps and on some of the images: FrEIA in float64 takes long for these."""
     torch.manual_seed(0)
