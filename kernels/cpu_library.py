@@ -1,7 +1,7 @@
 """Compiled code for CPUs, `cpu/`: which of its variants this CPU runs, and how it is called.
 
-The code is compiled when the package is installed, for AVX2 and AVX-512 in float32 and for AMX in bfloat16. Where no
-compiler was there, or the CPU has none of these, `library` is None and PyTorch does the work.
+The code is compiled when the package is installed, for AVX2 and AVX-512 in float32, for AMX and AVX-512's own products
+in bfloat16. Where no compiler was there, or the CPU has none of these, `library` is None and PyTorch does the work.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 _VARIANTS = {
-    (torch.float32, "AVX2"): "_flow_avx2",
-    (torch.float32, "AVX512"): "_flow_avx512",
-    (torch.bfloat16, "AVX512"): "_flow_amx",
+    (torch.float32, "AVX2"): ["_flow_avx2"],
+    (torch.float32, "AVX512"): ["_flow_avx512"],
+    (torch.bfloat16, "AVX512"): ["_flow_amx", "_flow_avx512_bf16"],
 }
-"""By what is multiplied and PyTorch's word for what the CPU has. Bfloat16 without AMX is oneDNN's: the vector
-instruction for it is slower than float32's on the CPU that it was tried on."""
+"""By what is multiplied and PyTorch's word for what the CPU has; the best first. Whether AVX-512's products of bfloat16
+are worth it, which they are not on every CPU that has them, `cflow_fast.precision` decides before it asks for them."""
 
 CPU = torch.device("cpu")
 
@@ -137,16 +137,16 @@ def library(operand: torch.dtype) -> Library | None:
     PyTorch is asked what the CPU has, so that ATEN_CPU_CAPABILITY lowers this too. A file that is there and cannot be
     used is said, once.
     """
-    name = _VARIANTS.get((operand, torch.backends.cpu.get_cpu_capability()))
-    file = None if name is None else library_file(name)
-    if file is None or (operand == torch.bfloat16 and not may_use_amx()):
+    names = _VARIANTS.get((operand, torch.backends.cpu.get_cpu_capability()), [])
+    files = [file for name in names if may_use(name) and (file := library_file(name)) is not None]
+    if not files:
         return None
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # the threads are those of PyTorch
         return None
     try:
-        return Library(file, operand)
+        return Library(files[0], operand)
     except LibraryError as error:
-        warnings.warn(f"{file} is left out, PyTorch does its work: {error}; install the package anew", stacklevel=3)
+        warnings.warn(f"{files[0]} is left out, PyTorch does its work: {error}; install the package anew", stacklevel=3)
         return None
 
 
@@ -156,7 +156,14 @@ def library_file(name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def may_use_amx() -> bool:
-    """Whether the CPU has it and the system lets this process use it, which has to be asked for."""
-    queries = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_init_amx"))
+_UNITS = {
+    "_flow_amx": ["_is_amx_tile_supported", "_init_amx"],  # the system lets a process use them that has asked
+    "_flow_avx512_bf16": ["_is_avx512_bf16_supported"],
+}
+"""What a variant needs beside the capability: functions of torch.cpu that say so."""
+
+
+def may_use(name: str) -> bool:
+    """Whether the CPU has a variant's units beyond its capability, and the system lets this process use them."""
+    queries = (getattr(torch.cpu, query, None) for query in _UNITS.get(name, []))
     return all(query is not None and query() for query in queries)

@@ -21,6 +21,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vecto
 VARIANTS: dict[str, tuple[torch.dtype, str, list[str]]] = {
     "avx2": (torch.float32, "avx2", []),
     "avx512": (torch.float32, "avx512", AVX512),
+    "avx512_bf16": (torch.bfloat16, "avx512_bf16", [*AVX512, "-mavx512bf16"]),
     "amx": (torch.bfloat16, "amx_bf16", [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
 }
 needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
@@ -32,8 +33,8 @@ def built(name: str) -> Library:
     path = library_file(f"_flow_{name}")
     if path is None or library(torch.float32) is None or not cpu_has(feature):
         pytest.skip(f"no compiled code for {name} here")
-    if name == "amx" and not cpu_library.may_use_amx():
-        pytest.skip("this process may not use AMX")
+    if not cpu_library.may_use(f"_flow_{name}"):
+        pytest.skip(f"this process may not use {name}")
     return Library(path, operand)
 
 

@@ -172,7 +172,7 @@ for count in (1, 2, 3):
                 maps = torch.randn(batch, features, height, width)
                 flow.log_prob_map(maps, encoding_factors(condition, height, width) if condition else None)
             flow.rows(torch.randn(70, features), torch.randn(70, condition) if condition else None, want_u=True)
-    for height, width in m.SIZES if sys.argv[3] != "amx" else ():
+    for height, width in m.SIZES if lib.operand == torch.float32 else ():
         cpu_map.anomaly_map(m.scales_of(2), (height, width), [0.0, 0.5], lib)
 print("clean")
 """
@@ -309,7 +309,7 @@ def test_float64_is_multiplied_by_torch() -> None:
     assert ops.implementation(decoder.fold().flow) == "torch"
 
 
-AMX = ("_is_amx_tile_supported", "_init_amx")
+AMX, PAIRS = ("_is_amx_tile_supported", "_init_amx"), "_is_avx512_bf16_supported"
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,12 @@ AMX = ("_is_amx_tile_supported", "_init_amx")
         (torch.float32, "AVX2", (), "_flow_avx2"),
         (torch.float32, "DEFAULT", (), None),
         (torch.bfloat16, "AVX512", AMX, "_flow_amx"),
+        (torch.bfloat16, "AVX512", (*AMX, PAIRS), "_flow_amx"),
         (torch.bfloat16, "AVX512", AMX[:1], None),
+        (torch.bfloat16, "AVX512", (AMX[0], PAIRS), "_flow_avx512_bf16"),
+        (torch.bfloat16, "AVX512", (PAIRS,), "_flow_avx512_bf16"),
         (torch.bfloat16, "AVX512", (), None),
-        (torch.bfloat16, "AVX2", AMX, None),
+        (torch.bfloat16, "AVX2", (*AMX, PAIRS), None),
         (torch.float64, "AVX512", AMX, None),
     ],
 )
@@ -330,7 +333,7 @@ def test_library_is_chosen_by_what_pytorch_says_the_cpu_has(
     operand: torch.dtype, capability: str, units: tuple[str, ...], taken: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _everything_compiled(monkeypatch, capability)
-    for query in AMX:
+    for query in (*AMX, PAIRS):
         monkeypatch.setattr(torch.cpu, query, lambda query=query: query in units, raising=False)
     assert library.__wrapped__(operand) == taken
 

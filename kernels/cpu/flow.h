@@ -20,10 +20,16 @@
 
 #if defined(__AMX_BF16__)
 #define OUTPUTS 32
+#define INPUTS_TOGETHER 32
+#elif defined(__AVX512BF16__)
+#define OUTPUTS 14
+#define INPUTS_TOGETHER 2
 #elif defined(__AVX512F__)
 #define OUTPUTS 14
+#define INPUTS_TOGETHER 1
 #else
 #define OUTPUTS 6
+#define INPUTS_TOGETHER 1
 #endif
 #define ROWS (2 * VECTOR)
 #define LN_2_PI 1.8378770664093454836
@@ -34,12 +40,10 @@
 
 typedef struct { vec at[OUTPUTS][2]; } tile;
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 typedef uint16_t operand; /* bfloat16; of a panel, features in pairs: (features / 2, ROWS, 2) */
-#define INPUTS_TOGETHER 32
 #else
 typedef float operand;
-#define INPUTS_TOGETHER 1
 #endif
 #define INPUTS(count) (((count) + INPUTS_TOGETHER - 1) / INPUTS_TOGETHER * INPUTS_TOGETHER)
 
@@ -104,15 +108,6 @@ ALONE void multiply(tile *sums, const operand *weights, const operand *x, size i
     _tile_stored(3, at + below + VECTOR, line);
 }
 
-INLINE __m512i as_bf16(vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
-
-INLINE void keep(operand *panel, size feature, const vec first[2], const vec second[2]) {
-    EVERY_VECTOR {
-        __m512i pairs = _mm512_or_si512(as_bf16(first[r]), _mm512_slli_epi32(as_bf16(second[r]), 16));
-        _mm512_store_si512(panel + feature * ROWS + r * ROWS, pairs);
-    }
-}
-
 typedef struct { uint8_t palette, row, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } tile_config;
 
 static const tile_config eight_whole_tiles = {
@@ -127,34 +122,61 @@ static const tile_config eight_whole_tiles = {
 
 #else
 
-/* So many products are added up before they join the others: long sums in float32 lose digits. */
-#define INPUTS_AT_ONCE 128
-
 #define UNROLLED _Pragma("GCC unroll 14") /* sums stay in registers only where no index is left */
 
 #define PREPARE_UNITS
 #define RESTORE_UNITS
 
-/* Weights: (groups, inputs, OUTPUTS). Per input two vectors of the panel meet one broadcast weight per output. */
+#if defined(__AVX512BF16__)
+#define INPUTS_AT_ONCE inputs
+
+INLINE vec with_product(vec sum, vec weight, vec x) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)x);
+}
+#else
+/* So many products are added up before they join the others: long sums in float32 lose digits. */
+#define INPUTS_AT_ONCE 128
+
+INLINE vec with_product(vec sum, vec weight, vec x) { return sum + weight * x; }
+#endif
+
+/* Weights: (groups, inputs / INPUTS_TOGETHER, OUTPUTS, INPUTS_TOGETHER). Two vectors of the panel, of one feature or of
+   a pair of them, meet one broadcast weight, or pair, per output. */
 ALONE void multiply(tile *sums, const operand *weights, const operand *x, size inputs, const char *next, size step) {
     for (size first = 0; first < inputs; first += INPUTS_AT_ONCE) {
         size end = first + INPUTS_AT_ONCE < inputs ? first + INPUTS_AT_ONCE : inputs;
         vec t[OUTPUTS][2];
         UNROLLED EVERY_OUTPUT UNROLLED EVERY_VECTOR t[o][r] = (vec){0};
-        for (size k = first; k < end; k++) {
-            vec x0 = load(x + k * ROWS), x1 = load(x + k * ROWS + VECTOR);
-            __builtin_prefetch(x + (k + 8) * ROWS);
-            __builtin_prefetch(x + (k + 8) * ROWS + VECTOR);
+        for (size k = first; k < end; k += INPUTS_TOGETHER) {
+            const float *now = (const void *)(x + k * ROWS), *weight = (const void *)(weights + k * OUTPUTS);
+            vec x0 = load(now), x1 = load(now + VECTOR);
+            __builtin_prefetch(now + 8 * ROWS);
+            __builtin_prefetch(now + 8 * ROWS + VECTOR);
             __builtin_prefetch(next + k * step, 0, 2);
             UNROLLED EVERY_OUTPUT {
-                vec weight = all(weights[k * OUTPUTS + o]);
-                t[o][0] += weight * x0;
-                t[o][1] += weight * x1;
+                vec all_rows = all(weight[o]);
+                t[o][0] = with_product(t[o][0], all_rows, x0);
+                t[o][1] = with_product(t[o][1], all_rows, x1);
             }
         }
         UNROLLED EVERY_OUTPUT UNROLLED EVERY_VECTOR sums->at[o][r] += t[o][r];
     }
 }
+
+#endif
+
+#if defined(__AVX512BF16__)
+
+INLINE __m512i as_bf16(vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+
+INLINE void keep(operand *panel, size feature, const vec first[2], const vec second[2]) {
+    EVERY_VECTOR {
+        __m512i pairs = _mm512_or_si512(as_bf16(first[r]), _mm512_slli_epi32(as_bf16(second[r]), 16));
+        _mm512_store_si512(panel + feature * ROWS + r * ROWS, pairs);
+    }
+}
+
+#else
 
 INLINE void keep(operand *panel, size feature, const vec first[2], const vec second[2]) {
     EVERY_VECTOR store(panel + feature * ROWS + r * VECTOR, first[r]);

@@ -23,11 +23,11 @@ typedef int64_t size;
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORTED __attribute__((visibility("default")))
 
-INLINE vec all(float x) { return x - (vec){0}; }
 INLINE vec load(const float *p) { return (vec) * (const whole *)p; }
 INLINE void store(float *p, vec x) { *(whole *)p = (whole)x; }
 
 #if VECTOR == 16
+INLINE vec all(float x) { return (vec)_mm512_set1_ps(x); }
 INLINE vec pick(vec table, ivec index) { return (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)table); }
 INLINE vec gather(const float *table, ivec index) { return (vec)_mm512_i32gather_ps((__m512i)index, table, 4); }
 INLINE vec nearest(vec x) { return (vec)_mm512_roundscale_ps((__m512)x, 8); }
@@ -37,6 +37,7 @@ INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y
 INLINE vec fused(vec x, vec y, vec z) { return (vec)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
 INLINE ivec integer(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
 #else
+INLINE vec all(float x) { return (vec)_mm256_set1_ps(x); }
 INLINE vec pick(vec table, ivec index) { return (vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index); }
 INLINE vec gather(const float *table, ivec index) { return (vec)_mm256_i32gather_ps(table, (__m256i)index, 4); }
 INLINE vec nearest(vec x) { return (vec)_mm256_round_ps((__m256)x, 8); }

@@ -1,0 +1,3 @@
+/* Compiled for CPUs with AVX-512's products of bfloat16 pairs, which some have without AMX. */
+#include "flow.h"
+#include "interface.h"
