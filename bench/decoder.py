@@ -16,7 +16,7 @@ from cflow_fast.bench.measurement import matmul_precision
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
 from cflow_fast.kernels.capture import GraphCache, side_by_side
-from cflow_fast.kernels.products import product_families
+from cflow_fast.kernels.products import MatmulProducts, OneDnnProducts, product_families
 from cflow_fast.kernels.torch_flow import CPU_CHUNK_ROWS, TorchFlow
 from cflow_fast.positional import encoding_factors
 
@@ -56,10 +56,15 @@ def products_alone(work: Decoders, precision: str) -> Built:
     runs: list[Callable[[], object]] = []
     for decoder, features in zip(work.decoders, work.features, strict=True):
         folded = _folded(decoder, precision)
-        flow = ops.torch_flow(folded.weights, folded.arithmetic)
-        rows = features[:, 0].numel()
+        operands, rows = folded.arithmetic.operands, features[:, 0].numel()
+        usual = ops.torch_flow(folded.weights, folded.arithmetic).products
+        products: MatmulProducts | OneDnnProducts  # all of them in the operands' precision
+        if isinstance(usual, OneDnnProducts):
+            products = OneDnnProducts(folded.weights, operands, CPU_CHUNK_ROWS // 2, state=operands)
+        else:
+            products = MatmulProducts(folded.weights, operands, state=operands)
         for start in range(0, rows, CPU_CHUNK_ROWS):
-            runs += _products(flow, min(CPU_CHUNK_ROWS, rows - start))
+            runs += _products(products, min(CPU_CHUNK_ROWS, rows - start))
 
     @torch.no_grad()
     def run() -> None:
@@ -69,18 +74,18 @@ def products_alone(work: Decoders, precision: str) -> Built:
     return Built(run, None, note="no likelihoods: a floor")
 
 
-def _products(flow: TorchFlow, rows: int) -> list[Callable[[], object]]:
+def _products(products: MatmulProducts | OneDnnProducts, rows: int) -> list[Callable[[], object]]:
     """Those of one pass; the last block mixes nothing, and the condition is in tables."""
     runs: list[Callable[[], object]] = []
-    for name, family in product_families(flow.weights).items():
+    for name, family in product_families(products.weights).items():
         count, _, inputs = family.matrix.shape
         if name in ("w1_condition", "passive_output"):
             continue
-        x = torch.randn((rows, inputs) if flow.products.feature_dim else (inputs, rows)).to(flow.operand_dtype)
-        bias = torch.randn((rows, family.matrix.shape[1])).to(flow.operand_dtype) if name == "w1" else None
-        bias = bias if bias is None or flow.products.feature_dim else bias.t().contiguous()
+        x = torch.randn((rows, inputs) if products.feature_dim else (inputs, rows)).to(products.operand_dtype)
+        bias = torch.randn((rows, family.matrix.shape[1])).to(products.operand_dtype) if name == "w1" else None
+        bias = bias if bias is None or products.feature_dim else bias.t().contiguous()
         for block in range(count - (name == "output")):
-            runs.append(partial(flow.products.product, name, block, x, add=bias))
+            runs.append(partial(products.product, name, block, x, add=bias))
     return runs
 
 

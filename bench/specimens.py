@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cflow_fast.folding import matrix_blocks
+from cflow_fast.folding import matrix_blocks, mixing_storage
 from cflow_fast.kernels.weights import FlowWeights, HardMixing, Mixing, SoftMixing
 
 META = torch.device("meta")
@@ -45,7 +45,7 @@ def _soft(features: int, blocks: int, storage: torch.dtype) -> Mixing:
     rotations = blocks - matrices
 
     def matrix(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=storage, device=META)
+        return torch.empty(shape, dtype=mixing_storage(features, storage), device=META)
 
     return SoftMixing(
         matrix=matrix(matrices, features, features),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast.decoder import CLAMPS, CouplingBlock, FlowDecoder, global_affine
-from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
+from cflow_fast.kernels.weights import BF16_NARROW, FlowWeights, HardMixing, SoftMixing
 
 ROTATION_RESIDUAL = 1e-9
 """How far the decomposition may be from the permutation it stands for; float32 itself is no closer than 3e-8."""
@@ -26,7 +26,8 @@ Half of the permutations of wide decoders are stored so all the same, for what i
 
 
 def fold_weights(decoder: FlowDecoder, storage: torch.dtype) -> FlowWeights:
-    """Fold a decoder; matrices are stored in `storage`, vectors in float32 (float64 for float64).
+    """Fold a decoder; matrices are stored in `storage`, vectors in float32 (float64 for float64). In bf16 the soft
+    permutations of narrow decoders are float32 too.
 
     The arithmetic runs on the CPU whatever the decoder's device, so that a fold is the same everywhere.
     """
@@ -50,26 +51,29 @@ def fold_weights(decoder: FlowDecoder, storage: torch.dtype) -> FlowWeights:
     return cast_weights(folded, storage, decoder.device)
 
 
-MATRICES = frozenset({"w1", "w1_condition", "w2", "matrix", "passive", "active", "output", "passive_output"})
+MATRICES = frozenset({"w1", "w1_condition", "w2"})
+MIXING_MATRICES = frozenset({"matrix", "passive", "active", "output", "passive_output"})
 
 
 def cast_weights(weights: FlowWeights, storage: torch.dtype, device: torch.device) -> FlowWeights:
     """Matrices to the storage precision, vectors to float32 or float64, indices to int32, all to the device."""
     vectors = torch.float64 if storage == torch.float64 else torch.float32
+    of_mixing = mixing_storage(weights.features, storage)
+    precision = dict.fromkeys(MATRICES, storage) | dict.fromkeys(MIXING_MATRICES, of_mixing)
 
     def cast(name: str, value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         if not value.is_floating_point():
             return value.to(device, torch.int32)
-        return value.to(device, storage if name in MATRICES else vectors).contiguous()
+        return value.to(device, precision.get(name, vectors)).contiguous()
 
-    of_mixing = {name: cast(name, value) for name, value in vars(weights.mixing).items()}
-    for name in [name for name in of_mixing if f"{name}_rest" in of_mixing]:
+    mixed = {name: cast(name, value) for name, value in vars(weights.mixing).items()}
+    for name in [name for name in mixed if f"{name}_rest" in mixed]:
         exact = getattr(weights.mixing, name).double() + getattr(weights.mixing, f"{name}_rest").double()
-        of_mixing[name] = cast(name, exact)
-        of_mixing[f"{name}_rest"] = cast(name, exact - exact.to(vectors).double())
-    mixing = type(weights.mixing)(**of_mixing)  # type: ignore[arg-type]
+        mixed[name] = cast(name, exact)
+        mixed[f"{name}_rest"] = cast(name, exact - exact.to(vectors).double())
+    mixing = type(weights.mixing)(**mixed)  # type: ignore[arg-type]
     own = {name: cast(name, value) for name, value in vars(weights).items() if name != "mixing"}
     return FlowWeights(**own, mixing=mixing)  # type: ignore[arg-type]
 
@@ -134,6 +138,12 @@ def matrix_blocks(features: int, blocks: int, storage: torch.dtype) -> int:
     if storage != torch.bfloat16:
         return 0
     return blocks - blocks // 2 if features >= BF16_ROTATION_FEATURES else blocks
+
+
+def mixing_storage(features: int, storage: torch.dtype) -> torch.dtype:
+    """What the matrices of soft permutations are stored in where others are in `storage`. In bf16 these would lose more
+    than everything else."""
+    return torch.float32 if storage == torch.bfloat16 and features < BF16_NARROW else storage
 
 
 def _soft_mixing(blocks: list[_Block], matrices: int) -> SoftMixing:

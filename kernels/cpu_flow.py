@@ -20,7 +20,11 @@ MAX_PANELS = 8
 
 
 class CpuFlow:
-    """A folded decoder packed for one library; matrices that are stored in another precision than its are converted."""
+    """A folded decoder packed for one library; matrices that are stored in another precision than its are converted.
+
+    Of soft permutations that are stored in more digits than an operand has, and of the state that they mix, a number is
+    two operands: bf16 then keeps 16 binary digits there, for three products instead of one.
+    """
 
     def __init__(self, weights: FlowWeights, lib: Library) -> None:
         self.weights, self.library = weights, lib
@@ -34,6 +38,7 @@ class CpuFlow:
             softplus=weights.activation == "softplus",
             hard=isinstance(weights.mixing, HardMixing),
             matrices=weights.mixing.matrices if isinstance(weights.mixing, SoftMixing) else 0,
+            parts=_parts(weights, lib),
             clamp=weights.clamp,
             log_scale=weights.log_scale,
             **{name: tensor.data_ptr() for name, tensor in self._packed.items()},
@@ -140,6 +145,20 @@ def _matrices(family: Tensor, lib: Library, at_least: int = 0) -> Tensor:
     return whole.view(blocks, groups, lib.outputs, steps, step).transpose(2, 3).contiguous()
 
 
+def _parts(weights: FlowWeights, lib: Library) -> int:
+    """In how many operands a number of a soft permutation comes: two where it is stored in more digits than one has."""
+    mixing = weights.mixing
+    return 2 if isinstance(mixing, SoftMixing) and mixing.matrix.dtype.itemsize > lib.operand.itemsize else 1
+
+
+def _matrices_in_parts(family: Tensor, lib: Library, parts: int, at_least: int = 0) -> Tensor:
+    """As `_matrices`, each followed by what rounding to operands left of it where there are two parts."""
+    if parts == 1:
+        return _matrices(family, lib, at_least)
+    rest = family - family.to(lib.operand)
+    return _matrices(torch.stack([family, rest], 1).flatten(0, 1), lib, at_least)
+
+
 def _vectors(family: Tensor, lib: Library) -> Tensor:
     return _filled(family, lib.whole_groups(family.shape[1]))
 
@@ -147,23 +166,24 @@ def _vectors(family: Tensor, lib: Library) -> Tensor:
 def _soft(mixing: SoftMixing, weights: FlowWeights, lib: Library) -> dict[str, Tensor]:
     passive, half = weights.passive, lib.whole_groups(weights.passive)
     first, second = slice(passive), slice(passive, None)
+    parts = _parts(weights, lib)
     unpaired = passive - weights.active  # a passive feature without a partner turns with cosine 1
     cosine = torch.cat([mixing.cosine, mixing.cosine.new_ones(len(mixing.cosine), unpaired)], 1)
     return {
-        "passive_by_passive": _matrices(mixing.matrix[:, first, first], lib),
-        "passive_by_active": _matrices(mixing.matrix[:, first, second], lib),
-        "active_by_passive": _matrices(mixing.matrix[:, second, first], lib),
-        "active_by_active": _matrices(mixing.matrix[:, second, second], lib),
+        "passive_by_passive": _matrices_in_parts(mixing.matrix[:, first, first], lib, parts),
+        "passive_by_active": _matrices_in_parts(mixing.matrix[:, first, second], lib, parts),
+        "active_by_passive": _matrices_in_parts(mixing.matrix[:, second, first], lib, parts),
+        "active_by_active": _matrices_in_parts(mixing.matrix[:, second, second], lib, parts),
         "passive_offset": _vectors(mixing.offset[:, first], lib),
         "active_offset": _vectors(mixing.offset[:, second], lib),
-        "v": _matrices(mixing.passive, lib),
+        "v": _matrices_in_parts(mixing.passive, lib, parts),
         "v_offset": _vectors(mixing.passive_offset, lib),
-        "w": _matrices(mixing.active, lib, at_least=passive),
+        "w": _matrices_in_parts(mixing.active, lib, parts, at_least=passive),
         "w_offset": _filled(mixing.active_offset, half),
         "cosine": _filled(cosine, half),
         "sine": _filled(mixing.sine, half),
-        "output": _matrices(mixing.output, lib),
-        "passive_output": _matrices(mixing.passive_output, lib),
+        "output": _matrices_in_parts(mixing.output, lib, parts),
+        "passive_output": _matrices_in_parts(mixing.passive_output, lib, parts),
     }
 
 

@@ -26,7 +26,7 @@ are worth it, which they are not on every CPU that has them, `cflow_fast.precisi
 
 CPU = torch.device("cpu")
 
-INTERFACE = 2
+INTERFACE = 3
 """Counted up, here and in vectors.h, whenever the meaning of a call changes; its structures' sizes are compared."""
 
 Address = ctypes.c_void_p
@@ -53,7 +53,7 @@ class Decoder(ctypes.Structure):
     """`decoder` of flow.h."""
 
     _fields_ = (
-        *fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices"),
+        *fields(ctypes.c_int64, "blocks passive active hidden condition softplus hard matrices parts"),
         ("clamp", ctypes.c_double),
         ("log_scale", ctypes.c_double),
         *fields(Address, "w1 w1_condition w2_scale w2_shift b1 b2_scale b2_shift"),

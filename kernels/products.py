@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cflow_fast.kernels.weights import FlowWeights, SoftMixing
+from cflow_fast.kernels.weights import BF16_NARROW, FlowWeights, SoftMixing
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,21 @@ def product_families(weights: FlowWeights) -> dict[str, ProductFamily]:
     return table
 
 
+_MIXING = frozenset({"matrix_passive", "matrix_active", "passive", "active", "output", "passive_output"})
+
+
+def precision_of(name: str, weights: FlowWeights, operands: torch.dtype, state: torch.dtype | None) -> torch.dtype:
+    """What a product is made in: `operands`, or `state` for those whose rounding the likelihood would show.
+
+    state: None for the state's precision on a CPU, where a product in bf16 comes out rounded to bf16, which neither a
+    state should be nor what a narrow decoder scales it by; and for `operands` elsewhere.
+    """
+    shows = name in _MIXING or (name == "w2_scale" and weights.features < BF16_NARROW)
+    if not shows:
+        return operands
+    return state or (weights.state_dtype if weights.device.type == "cpu" else operands)
+
+
 class _Elementwise(ABC):
     """What lies between the products, one PyTorch operation after the other."""
 
@@ -77,26 +92,25 @@ class _Elementwise(ABC):
 
 
 class MatmulProducts(_Elementwise):
-    """Feature-major products by the library's matrix multiplication; operands are multiplied in `operand_dtype`."""
+    """Feature-major products by the library's matrix multiplication, each in its `precision_of`."""
 
     feature_dim = 0
 
-    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype) -> None:
+    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, state: torch.dtype | None = None) -> None:
         self.weights = weights
         self.operand_dtype = operand_dtype
         self.matrices = {
-            name: ProductFamily(
-                m.matrix.to(operand_dtype), None if m.bias is None else m.bias.to(operand_dtype).unsqueeze(2)
-            )
+            name: ProductFamily(m.matrix.to(dtype), None if m.bias is None else m.bias.to(dtype).unsqueeze(2))
             for name, m in product_families(weights).items()
+            for dtype in [precision_of(name, weights, operand_dtype, state)]
         }
 
     def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
         family = self.matrices[name]
-        matrix, x = family.matrix[block], x.to(self.operand_dtype)
-        bias = None if family.bias is None else family.bias[block]
+        matrix = family.matrix[block]
+        bias, x = None if family.bias is None else family.bias[block], x.to(matrix.dtype)
         if add is not None:
-            y = add.to(self.operand_dtype).addmm_(matrix, x)
+            y = add.to(matrix.dtype).addmm_(matrix, x)
             y = y if bias is None else y.add_(bias)
         else:
             y = torch.mm(matrix, x) if bias is None else torch.addmm(bias, matrix, x)
@@ -106,8 +120,8 @@ class MatmulProducts(_Elementwise):
 class FusedProducts(MatmulProducts):
     """On a card with Triton: s and t in one product, and what lies between the products in one launch each."""
 
-    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype) -> None:
-        super().__init__(weights, operand_dtype)
+    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, state: torch.dtype | None = None) -> None:
+        super().__init__(weights, operand_dtype, state)
         del self.matrices["w2_scale"], self.matrices["w2_shift"]
         self.matrices["w2"] = ProductFamily(weights.w2.to(operand_dtype), weights.b2.to(operand_dtype).unsqueeze(2))
 
@@ -149,7 +163,9 @@ class OneDnnProducts(_Elementwise):
 
     feature_dim = 1
 
-    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, rows: int) -> None:
+    def __init__(
+        self, weights: FlowWeights, operand_dtype: torch.dtype, rows: int, state: torch.dtype | None = None
+    ) -> None:
         self.weights = weights
         self.operand_dtype = operand_dtype
         self.bias: dict[str, list[Tensor | None]] = {}
@@ -157,10 +173,10 @@ class OneDnnProducts(_Elementwise):
         shares_epilogue = weights.activation == "relu" and weights.condition and operand_dtype == torch.bfloat16
         self.convolved = {"w1"} if shares_epilogue else set()
         for name, family in product_families(weights).items():
-            matrices = family.matrix.to(operand_dtype)
-            self.packed[name] = [self._pack(name, matrix, rows) for matrix in matrices]
-            blocks = len(matrices)
-            self.bias[name] = [None] * blocks if family.bias is None else list(family.bias.to(operand_dtype))
+            dtype = precision_of(name, weights, operand_dtype, state)
+            self.packed[name] = [self._pack(name, matrix, rows) for matrix in family.matrix.to(dtype)]
+            blocks = len(family.matrix)
+            self.bias[name] = [None] * blocks if family.bias is None else list(family.bias.to(dtype))
 
     def _pack(self, name: str, matrix: Tensor, rows: int) -> Tensor:
         outputs, inputs = matrix.shape
@@ -170,12 +186,12 @@ class OneDnnProducts(_Elementwise):
         return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), rows)
 
     def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
-        x = x.to(self.operand_dtype)
         matrix, bias = self.packed[name][block], self.bias[name][block]
+        x = x.to(matrix.dtype)
         if name in self.convolved:
             return self._convolve(x, matrix, add)
         if add is not None:
-            y = torch.ops.mkldnn._linear_pointwise.binary(x, add.to(self.operand_dtype), matrix, bias, "add")
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, add.to(matrix.dtype), matrix, bias, "add")
             return _activate(y, activation)
         if activation == "softplus":
             return F.softplus(torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], ""))

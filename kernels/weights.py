@@ -2,7 +2,8 @@
 
 Symbols: K coupling blocks, D features, h = D - D//2 of them passive and d = D//2 active, C condition channels,
 m hidden units.
-Matrices are stored in the operand precision (float64, float32 or bfloat16), vectors in float32 (float64 for float64).
+Matrices are stored in the operand precision (float64, float32 or bfloat16), vectors in float32 (float64 for float64);
+those of a SoftMixing may be float32 where the others are bfloat16.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+BF16_NARROW = 512
+"""In bf16 decoders of fewer features than this keep float32 where rounding shows most: the fewer there are, the less of
+it averages out."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from compiled_code import (
     assert_same_map,
     built,
     compiled,
+    has_amx,
     needs_compiler,
     scales_of,
 )
@@ -28,6 +29,7 @@ from flows import rough_decoder
 from torch import Tensor
 
 from cflow_fast import ops
+from cflow_fast.folding import MIXING_MATRICES
 from cflow_fast.kernels import cpu_library, cpu_map
 from cflow_fast.kernels.anomaly_map import anomaly_map
 from cflow_fast.kernels.cpu_flow import CpuFlow
@@ -55,6 +57,12 @@ def weights_of(features: int, condition: int, operand: torch.dtype, **options: A
     return decoder.fold("bf16" if operand == torch.bfloat16 else "fp32").weights
 
 
+def with_mixing_in(weights: FlowWeights, dtype: torch.dtype) -> FlowWeights:
+    """The same, the matrices of its soft permutations in another precision: two operands a number, or one."""
+    matrices = {name: getattr(weights.mixing, name).to(dtype) for name in MIXING_MATRICES}
+    return replace(weights, mixing=replace(weights.mixing, **matrices))  # type: ignore[type-var]
+
+
 def exact(weights: FlowWeights) -> TorchFlow:
     """The same weights multiplied in float32."""
     return TorchFlow(weights, torch.float32, packed=False)
@@ -74,15 +82,17 @@ def assert_same_rows(ours: FlowResult, expected: FlowResult, operand: torch.dtyp
     torch.testing.assert_close(ours.u, expected.u, rtol=0, atol=30 * BOUND[operand])
 
 
-@pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("mixing", ["hard", "soft", "soft, one operand a number"])
 @pytest.mark.parametrize(("features", "condition"), [(24, 8), (25, 0), (97, 16)])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_division_of_the_rows_gives_the_same(
-    lib: Library, count: int, features: int, condition: int, permute_soft: bool, threads: Any
+    lib: Library, count: int, features: int, condition: int, mixing: str, threads: Any
 ) -> None:
     """Rows from one to several chunks of every thread: teams of one, teams of all, panels that end within an image."""
     threads(count)
-    weights = weights_of(features, condition, lib.operand, permute_soft=permute_soft)
+    weights = weights_of(features, condition, lib.operand, permute_soft=mixing != "hard")
+    if "one operand" in mixing:
+        weights = with_mixing_in(weights, lib.operand)
     flow, expected = CpuFlow(weights, lib), exact(weights)
     for flow.chunk_panels in (1, 3):
         for batch, height, width in MAPS:
@@ -106,6 +116,29 @@ def test_soft_permutations_stored_as_matrices(lib: Library, activation: str) -> 
         z, c = torch.randn(40, features), torch.randn(40, 8)
         flow = CpuFlow(weights, lib)
         assert_same_rows(flow.rows(z, c, want_u=True), exact(weights).rows(z, c, want_u=True), lib.operand)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"], ids=["matrices", "rotations"])
+@pytest.mark.parametrize("features", [24, 97])
+def test_two_operands_a_number_keep_its_digits(precision: str, features: int) -> None:
+    """What is lost then is what the subnets lose, as with hard permutations, and not what mixing loses."""
+    operand = torch.bfloat16
+    lib = library(operand)
+    if lib is None:
+        pytest.skip("no compiled code for bf16 here")
+    decoder = rough_decoder(features, condition=0, permute_soft=True, coupling_blocks=8)
+    weights = decoder.fold(precision).weights
+    weights = replace(weights, w1=weights.w1.to(operand), w2=weights.w2.to(operand))
+    assert isinstance(weights.mixing, SoftMixing)
+    assert (weights.mixing.matrices > 0) == (precision == "bf16")
+    z = torch.randn(400, features)
+    expected = exact(weights).rows(z, None, want_u=True)
+    one, two = (
+        CpuFlow(with_mixing_in(weights, dtype), lib).rows(z, None, want_u=True) for dtype in (operand, torch.float32)
+    )
+    for name in ("log_prob", "u"):
+        rough, fine = ((getattr(each, name) - getattr(expected, name)).square().mean().sqrt() for each in (one, two))
+        assert fine < 0.35 * rough
 
 
 def test_conditions_and_features_in_any_strides(lib: Library) -> None:
@@ -135,6 +168,7 @@ torch.testing.assert_close(decoder.log_prob(features), alone)
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 
+@pytest.mark.skipif(not has_amx(), reason="this CPU has no AMX")
 def test_amx_leaves_the_tiles_of_other_libraries_as_they_were() -> None:
     flow = CpuFlow(weights_of(64, 0, torch.bfloat16), built("amx"))
     a, b, z = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16(), torch.randn(200, 64)

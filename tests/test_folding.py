@@ -152,17 +152,21 @@ def test_half_of_a_wide_bf16_decoders_permutations_are_rotations() -> None:
     ("storage", "vectors"), [(torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)]
 )
 @pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("features", [10, 511, 512])
 def test_matrices_are_stored_in_the_precision_and_vectors_in_float32_at_least(
-    storage: torch.dtype, vectors: torch.dtype, permute_soft: bool
+    storage: torch.dtype, vectors: torch.dtype, permute_soft: bool, features: int
 ) -> None:
-    weights = fold_weights(exact_decoder(10, permute_soft=permute_soft), storage)
+    """Those of narrow decoders' soft permutations too."""
+    decoder = FlowDecoder(features, 4, 1, permute_soft=permute_soft, hidden=4).double()
+    weights = fold_weights(decoder, storage)
     assert (weights.operand_dtype, weights.state_dtype) == (storage, vectors)
+    own, mixing = ("w1", "w1_condition", "w2"), ("matrix", "passive", "active", "output", "passive_output")
+    expected = dict.fromkeys(own, storage)
+    if permute_soft:
+        expected |= dict.fromkeys([f"mixing_{name}" for name in mixing], storage if features >= 512 else vectors)
     for name, tensor in weights.tensors().items():
-        is_matrix = name.removeprefix("mixing_") in (
-            "w1", "w1_condition", "w2", "matrix", "passive", "active", "output", "passive_output"
-        )  # fmt: skip
-        expected = storage if is_matrix else vectors
-        assert tensor.dtype == (expected if tensor.is_floating_point() else torch.int32), name
+        wanted = expected.get(name, vectors) if tensor.is_floating_point() else torch.int32
+        assert tensor.dtype == wanted, name
 
 
 @pytest.mark.parametrize(("permute_soft", "in_likelihood", "in_u"), [(True, 3, 4), (False, 0, 0)])

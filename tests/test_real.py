@@ -107,10 +107,13 @@ def test_trained_decoders_keep_the_whole_yardstick_every_way(fitted: Fit, defect
         assert [row.failures for row in rows] == [[] for _ in rows], rows
 
 
-def test_trained_soft_permutations_agree_with_float64(bottle: MVTecCategory, defective: list[Path]) -> None:
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+def test_trained_soft_permutations_agree_with_float64(
+    activation: str, bottle: MVTecCategory, defective: list[Path]
+) -> None:
     """After a tenth of the steps and on some of the images: FrEIA in float64 takes long for these."""
     torch.manual_seed(0)
-    model = untrained(permute_soft=True)
+    model = untrained(permute_soft=True, activation=activation)
     assert Fit(model, bottle.train, replace(PRESETS["fast"], steps=PRESETS["fast"].steps // 10)).run()
     assert_as_exact_as_freia(model, defective[::9])
 

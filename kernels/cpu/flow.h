@@ -10,8 +10,10 @@
    one chunk, each with its share of the tiles of a phase, and meet between phases.
 
    One source for every instruction set; the compiler's flags decide. What differs is `operand`, float32 or bfloat16, and
-   how operands are multiplied: see "Products". Sums, epilogues and the state are float32, what is added up per row float64. Symbols of
-   OpenMP are those of the library that PyTorch has loaded. */
+   how operands are multiplied: see "Products". Sums, epilogues and the state are float32, what is added up per row
+   float64. Where so many digits are wanted of a soft permutation in bfloat16, its matrices and the state that they meet
+   come in two parts, an operand and what rounding to it left. Symbols of OpenMP are those of the library that PyTorch
+   has loaded. */
 
 #include <omp.h>
 #include <string.h>
@@ -50,11 +52,12 @@ typedef float operand;
 /* Numbers and packed weights of a decoder; `cpu_flow._Decoder` has the same fields in the same order.
    A matrix of block b starts b times its own size after its pointer; so does a vector, padded to whole groups. */
 typedef struct {
-    size blocks, passive, active, hidden, condition, softplus, hard, matrices;
+    size blocks, passive, active, hidden, condition, softplus, hard, matrices, parts;
     double clamp, log_scale;
     const operand *w1, *w1_condition, *w2_scale, *w2_shift;
     const float *b1, *b2_scale, *b2_shift;
-    /* soft permutations: the first `matrices` blocks by a matrix in four quarters, the others by a rotation */
+    /* soft permutations: the first `matrices` blocks by a matrix in four quarters, the others by a rotation; a matrix
+       has its `parts`, 1 or 2, one after the other */
     const operand *passive_by_passive, *passive_by_active, *active_by_passive, *active_by_active;
     const float *passive_offset, *active_offset;
     const operand *v, *w, *output, *passive_output;
@@ -169,6 +172,9 @@ ALONE void multiply(tile *sums, const operand *weights, const operand *x, size i
 
 INLINE __m512i as_bf16(vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 
+/* What rounding to an operand leaves. */
+INLINE vec beyond_operand(vec x) { return x - (vec)_mm512_slli_epi32(as_bf16(x), 16); }
+
 INLINE void keep(operand *panel, size feature, const vec first[2], const vec second[2]) {
     EVERY_VECTOR {
         __m512i pairs = _mm512_or_si512(as_bf16(first[r]), _mm512_slli_epi32(as_bf16(second[r]), 16));
@@ -177,6 +183,8 @@ INLINE void keep(operand *panel, size feature, const vec first[2], const vec sec
 }
 
 #else
+
+INLINE vec beyond_operand(vec x) { return 0.0f * x; } /* nobody asks: parts is 1 */
 
 INLINE void keep(operand *panel, size feature, const vec first[2], const vec second[2]) {
     EVERY_VECTOR store(panel + feature * ROWS + r * VECTOR, first[r]);
@@ -189,6 +197,15 @@ INLINE void keep(operand *panel, size feature, const vec first[2], const vec sec
 
 INLINE void put(operand *panel, size feature, const tile *t) {
     for (int o = 0; o < OUTPUTS; o += 2) keep(panel, feature + o, t->at[o], t->at[o + 1]);
+}
+
+/* In its parts, the second one `half` features after the first. */
+INLINE void put_parts(operand *panel, size feature, const tile *t, size parts, size half) {
+    put(panel, feature, t);
+    if (parts == 1) return;
+    tile rest;
+    EVERY_OUTPUT EVERY_VECTOR rest.at[o][r] = beyond_operand(t->at[o][r]);
+    put(panel, half + feature, &rest);
 }
 
 INLINE void put_state(float *to, const tile *t) {
@@ -214,6 +231,7 @@ typedef struct {
     size first, panels;      /* of the chunk */
     size member, members;    /* of the team */
     size half, width, state; /* padded: of a half, of the hidden layer; of the whole state with hard permutations */
+    size kept;               /* of a half in all its parts */
     operand *x1, *next_x1, *hidden, *y2, *mixed, *condition;
     float *passive, *x2, *v; /* x1 before the first block and after the last; x2; or both where they stay */
     double *log_dets, *norms;          /* (members, chunk_panels, ROWS) */
@@ -228,15 +246,16 @@ static char *lay_out(team *t, char *memory) {
     int soft = !d->hard;
     t->half = padded(d->passive);
     t->width = padded(d->hidden);
+    t->kept = d->parts * t->half;
     t->state = d->hard ? padded(d->passive + d->active) + OUTPUTS : 0;
 #define TAKE(field, features)                                                                                 \
     t->field = (void *)memory;                                                                                \
     memory += (sizeof(*t->field) * panels * (features) * ROWS + 63) / 64 * 64
-    TAKE(x1, t->half);
-    TAKE(next_x1, soft * t->half);
+    TAKE(x1, t->kept);
+    TAKE(next_x1, soft * t->kept);
     TAKE(hidden, t->width);
-    TAKE(y2, soft * t->half);
-    TAKE(mixed, soft * t->half);
+    TAKE(y2, soft * t->kept);
+    TAKE(mixed, soft * t->kept);
     TAKE(condition, padded(d->condition));
     TAKE(passive, soft * t->half);
     TAKE(x2, soft * t->half);
@@ -309,7 +328,7 @@ static void first_layer(const team *t, size block) {
         if (io->condition)
             multiply(&a, WEIGHTS(d->w1_condition, block, d->hidden, d->condition),
                      PANEL(t->condition, padded(d->condition)), d->condition, (const char *)weights, 0);
-        multiply(&a, weights, PANEL(t->x1, t->half), d->passive, NEXT(weights, d->passive));
+        multiply(&a, weights, PANEL(t->x1, t->kept), d->passive, NEXT(weights, d->passive));
         if (d->softplus)
             EVERY_OUTPUT EVERY_VECTOR a.at[o][r] = softplus(a.at[o][r]);
         else
@@ -372,7 +391,7 @@ static void coupling(const team *t, size block) {
             for (int o = 0; o < OUTPUTS; o++)
                 EVERY_VECTOR store(v + index[g * OUTPUTS + o] * ROWS + r * VECTOR, y.at[o][r]);
         else
-            put(PANEL(t->y2, t->half), g * OUTPUTS, &y);
+            put_parts(PANEL(t->y2, t->kept), g * OUTPUTS, &y, d->parts, t->half);
     }
 }
 
@@ -383,18 +402,28 @@ INLINE void add_squares(const team *t, size p, const tile *a) {
     add_to(PANEL(t->norms, 1), sum);
 }
 
+/* A product of a soft permutation, added to a tile: of both parts all but the smallest of four products. */
+INLINE void multiply_parts(tile *sums, const team *t, size block, size outputs, size inputs, const operand *family,
+                           const operand *from, size g, size p) {
+    size parts = t->d->parts;
+    const operand *x = PANEL(from, t->kept), *weights = WEIGHTS(family, block * parts, outputs, inputs);
+    multiply(sums, weights, x, inputs, NEXT(weights, inputs));
+    if (parts == 1) return;
+    const operand *rest = WEIGHTS(family, block * parts + 1, outputs, inputs);
+    multiply(sums, rest, x, inputs, NEXT(rest, inputs));
+    multiply(sums, weights, x + t->half * ROWS, inputs, (const char *)weights, 0);
+}
+
 /* The rows of a matrix that give one half, by its columns for x1 and for y2: to operands, or to a half of the state. */
 INLINE void half_of_matrix(const team *t, size block, size outputs, const operand *by_passive,
                            const operand *by_active, const float *offset, operand *kept, float *state, int last) {
     const decoder *d = t->d;
     EVERY_TILE(groups_of(outputs)) {
         tile a;
-        const operand *one = WEIGHTS(by_passive, block, outputs, d->passive);
-        const operand *two = WEIGHTS(by_active, block, outputs, d->active);
         fill(&a, offset + (block * groups_of(outputs) + g) * OUTPUTS);
-        multiply(&a, one, PANEL(t->x1, t->half), d->passive, NEXT(one, d->passive));
-        multiply(&a, two, PANEL(t->y2, t->half), d->active, NEXT(two, d->active));
-        if (kept) put(PANEL(kept, t->half), g * OUTPUTS, &a);
+        multiply_parts(&a, t, block, outputs, d->passive, by_passive, t->x1, g, p);
+        multiply_parts(&a, t, block, outputs, d->active, by_active, t->y2, g, p);
+        if (kept) put_parts(PANEL(kept, t->kept), g * OUTPUTS, &a, d->parts, t->half);
         if (state) put_state(GROUP(state, t->half), &a);
         if (last) add_squares(t, p, &a);
     }
@@ -416,8 +445,7 @@ INLINE void product(const team *t, size block, size outputs, size inputs, const 
                     float *to) {
     EVERY_TILE(groups_of(outputs)) {
         tile a = {{{{0}}}};
-        const operand *weights = WEIGHTS(family, block, outputs, inputs);
-        multiply(&a, weights, PANEL(from, t->half), inputs, NEXT(weights, inputs));
+        multiply_parts(&a, t, block, outputs, inputs, family, from, g, p);
         put_state(GROUP(to, t->half), &a);
     }
 }
@@ -428,13 +456,11 @@ static void mix_by_rotation(team *t, size block, int last) {
     size rotation = block - d->matrices;
     EVERY_TILE(groups_of(d->passive)) {
         tile a, b;
-        const operand *v = WEIGHTS(d->v, rotation, d->passive, d->passive);
-        const operand *w = WEIGHTS(d->w, rotation, d->passive, d->active);
         size at = rotation * t->half + g * OUTPUTS;
         fill(&a, d->v_offset + at);
-        multiply(&a, v, PANEL(t->x1, t->half), d->passive, NEXT(v, d->passive));
+        multiply_parts(&a, t, rotation, d->passive, d->passive, d->v, t->x1, g, p);
         fill(&b, d->w_offset + at);
-        multiply(&b, w, PANEL(t->y2, t->half), d->active, NEXT(w, d->active));
+        multiply_parts(&b, t, rotation, d->passive, d->active, d->w, t->y2, g, p);
         if (last) {
             add_squares(t, p, &a);
             add_squares(t, p, &b);
@@ -448,8 +474,8 @@ static void mix_by_rotation(team *t, size block, int last) {
                 b.at[o][r] = rotated;
             }
         }
-        put(PANEL(t->next_x1, t->half), g * OUTPUTS, &a);
-        put(PANEL(t->mixed, t->half), g * OUTPUTS, &b);
+        put_parts(PANEL(t->next_x1, t->kept), g * OUTPUTS, &a, d->parts, t->half);
+        put_parts(PANEL(t->mixed, t->kept), g * OUTPUTS, &b, d->parts, t->half);
     }
     if (last && !t->io->u) return;
     meet(t);
@@ -470,7 +496,7 @@ static void read_passive(const team *t, const float *state, size features, const
             size f = index ? index[g * OUTPUTS + o] : g * OUTPUTS + o;
             EVERY_VECTOR a.at[o][r] = load(PANEL(state, features) + f * ROWS + r * VECTOR);
         }
-        put(PANEL(t->x1, t->half), g * OUTPUTS, &a);
+        put_parts(PANEL(t->x1, t->kept), g * OUTPUTS, &a, d->parts, t->half);
     }
     meet(t);
 }
