@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast.decoder import CLAMPS, CouplingBlock, FlowDecoder, global_affine
-from cflow_fast.kernels.weights import BF16_NARROW, FlowWeights, HardMixing, SoftMixing
+from cflow_fast.kernels.weights import NARROW, FlowWeights, HardMixing, SoftMixing
 
 ROTATION_RESIDUAL = 1e-9
 """How far the decomposition may be from the permutation it stands for; float32 itself is no closer than 3e-8."""
@@ -143,7 +143,7 @@ def matrix_blocks(features: int, blocks: int, storage: torch.dtype) -> int:
 def mixing_storage(features: int, storage: torch.dtype) -> torch.dtype:
     """What the matrices of soft permutations are stored in where others are in `storage`. In bf16 these would lose more
     than everything else."""
-    return torch.float32 if storage == torch.bfloat16 and features < BF16_NARROW else storage
+    return torch.float32 if storage == torch.bfloat16 and features < NARROW else storage
 
 
 def _soft_mixing(blocks: list[_Block], matrices: int) -> SoftMixing:

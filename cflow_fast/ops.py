@@ -21,7 +21,7 @@ from cflow_fast.kernels.cpu_flow import CpuFlow
 from cflow_fast.kernels.cpu_library import Library, library
 from cflow_fast.kernels.registration import Flow
 from cflow_fast.kernels.torch_flow import TorchFlow
-from cflow_fast.kernels.weights import FlowWeights
+from cflow_fast.kernels.weights import NARROW, FlowWeights
 from cflow_fast.precision import Arithmetic, cpu_has
 
 BACKENDS = ("torch", "triton")
@@ -76,7 +76,7 @@ def prepare_flow(weights: FlowWeights, arithmetic: Arithmetic) -> Flow:
 
 def torch_flow(weights: FlowWeights, arithmetic: Arithmetic) -> TorchFlow:
     """By PyTorch's operations alone, the fastest that it has for the weights' device."""
-    return TorchFlow(weights, arithmetic.operands, packed=_onednn_is_faster(weights, arithmetic))
+    return TorchFlow(weights, arithmetic.operands, packed=_takes_onednn(weights, arithmetic))
 
 
 def implementation(flow: Flow, rows: int = 1) -> str:
@@ -161,8 +161,14 @@ def _compiled_for_cpu(weights: FlowWeights, arithmetic: Arithmetic) -> Library |
     return library(arithmetic.operands) if on_cpu and not _is_forced() else None
 
 
-def _onednn_is_faster(weights: FlowWeights, arithmetic: Arithmetic) -> bool:
-    """Packed oneDNN products against plain ones: by what the CPU reports (measured by `cflow_fast.bench`)."""
+def _takes_onednn(weights: FlowWeights, arithmetic: Arithmetic) -> bool:
+    """Packed oneDNN products against plain ones: by what the CPU reports (measured by `cflow_fast.bench`).
+
+    Not for a narrow decoder in float32: oneDNN adds up each of its sums in one go, and far from what such a decoder was
+    trained on that costs digits which the 5 to 15% that it gains there are not worth.
+    """
+    if arithmetic.operands == torch.float32 and weights.features < NARROW:
+        return False
     return (
         weights.device.type == "cpu"
         and arithmetic.operands in (torch.float32, torch.bfloat16)

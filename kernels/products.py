@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cflow_fast.kernels.weights import BF16_NARROW, FlowWeights, SoftMixing
+from cflow_fast.kernels.weights import NARROW, FlowWeights, SoftMixing
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def precision_of(name: str, weights: FlowWeights, operands: torch.dtype, state: 
     state: None for the state's precision on a CPU, where a product in bf16 comes out rounded to bf16, which neither a
     state should be nor what a narrow decoder scales it by; and for `operands` elsewhere.
     """
-    shows = name in _MIXING or (name == "w2_scale" and weights.features < BF16_NARROW)
+    shows = name in _MIXING or (name == "w2_scale" and weights.features < NARROW)
     if not shows:
         return operands
     return state or (weights.state_dtype if weights.device.type == "cpu" else operands)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-BF16_NARROW = 512
-"""In bf16 decoders of fewer features than this keep float32 where rounding shows most: the fewer there are, the less of
-it averages out."""
+NARROW = 512
+"""Decoders of fewer features than this keep more digits where rounding shows most: the fewer there are, the less of it
+averages out."""
 
 
 @dataclass(frozen=True)

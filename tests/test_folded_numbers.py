@@ -37,7 +37,7 @@ def folded_with(decoder: FlowDecoder, way: str, precision: str = "fp32") -> Fold
         compiled = library(operand) if way == "compiled" else other_library("_flow_avx2", operand)
         if compiled is None:
             pytest.skip(f"no compiled code that multiplies {operand} here")
-    with mock.patch.multiple(ops, library=lambda _: compiled, _onednn_is_faster=lambda *_: way == "packed"):
+    with mock.patch.multiple(ops, library=lambda _: compiled, _takes_onednn=lambda *_: way == "packed"):
         flow = folded.flow
     assert isinstance(flow, CpuFlow if compiled else TorchFlow)
     assert compiled or flow.products.feature_dim == (way == "packed")  # type: ignore[union-attr]

@@ -90,7 +90,7 @@ def test_card_without_triton_runs_pytorch_and_says_so_once(obstacle: str, monkey
 def test_products_are_chosen_by_what_the_cpu_reports(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CFLOW_FAST_BACKEND", "torch")
     monkeypatch.setattr("cflow_fast.ops.cpu_has", lambda feature: wide and feature == "avx512")
-    flow = FlowDecoder(8, 4, 1).fold("fp32").flow
-    packed = wide and torch.backends.mkldnn.is_available()
-    assert isinstance(flow.products, OneDnnProducts if packed else MatmulProducts)
+    packed = OneDnnProducts if wide and torch.backends.mkldnn.is_available() else MatmulProducts
+    assert isinstance(FlowDecoder(512, 4, 1, hidden=4).fold("fp32").flow.products, packed)
+    assert isinstance(FlowDecoder(511, 4, 1, hidden=4).fold("fp32").flow.products, MatmulProducts)
     assert isinstance(FlowDecoder(8, 4, 1).double().fold().flow.products, MatmulProducts)

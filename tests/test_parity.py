@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,7 +19,16 @@ from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import cpu_flow, torch_flow
 from cflow_fast.kernels.cpu_library import library
 from cflow_fast.kernels.weights import FlowWeights
-from cflow_fast.parity import Case, Error, check, measure, model_cases, random_case, roughen
+from cflow_fast.parity import (
+    Case,
+    Error,
+    check,
+    log_prob_per_dimension,
+    measure,
+    model_cases,
+    random_case,
+    roughen,
+)
 from cflow_fast.precision import arithmetic
 
 CPU = torch.device("cpu")
@@ -230,6 +240,37 @@ NO_ERROR = Error(0.0, 0.0, 0.0, 1.0, 0.0)
 )
 def test_yardstick_is_at_its_numbers(kind: str, ours: Error, theirs: Error, failures: int) -> None:
     assert len(parity.failures(kind, ours, theirs)) == failures
+
+
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_equivalents_are_the_same_function_rounded_otherwise(kind: str, activation: str) -> None:
+    case = random_case(64, activation=activation, size=(2, 16, 16))
+    double = copy.deepcopy(case.decoder).double()
+    exact, *others = (log_prob_per_dimension(each, case) for each in parity.equivalents(double, 3, kind))
+    assert len(others) == 2
+    for other in others:
+        torch.testing.assert_close(other, exact, rtol=1e-12, atol=1e-12)
+    with parity.arithmetic_of(kind, CPU):
+        runs = [
+            log_prob_per_dimension(parity.reference_decoder(each)[1], case)
+            for each in parity.equivalents(case.decoder, 3, kind)
+        ]
+    errors = [measure(run, exact) for run in runs]
+    assert len({error.rms for error in errors}) > 1
+    worst = parity.largest(errors)
+    assert worst.maximum == max(error.maximum for error in errors)
+    assert worst.spearman == min(error.spearman for error in errors)
+    for comparison in parity.compare(dataclasses.replace(case, runs=3), [kind]):
+        assert comparison.row().theirs == worst
+
+
+def test_positions_below_a_bound_are_left_out() -> None:
+    (exact, ours) = torch.tensor([1.0, -5.0, -10.0]).double(), torch.tensor([1.0, -5.1, -20.0])
+    comparison = parity.Comparison("case", "torch", "fp32", "fp32", ours, "FrEIA", [ours, exact + 0.3], exact)
+    assert comparison.row().ours.maximum == pytest.approx(10)
+    assert comparison.row(lowest=-5.0).ours.maximum == pytest.approx(0.1)
+    assert comparison.row(lowest=-5.0).theirs.maximum == pytest.approx(0.3)
 
 
 def test_rows_can_be_written_as_json() -> None:
