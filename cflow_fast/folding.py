@@ -11,6 +11,9 @@ The positional encoding is folded per size of the feature map, when the first ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,9 @@ from cflow_fast.kernels.weights import NARROW, FlowWeights, HardMixing, SoftMixi
 
 ROTATION_RESIDUAL = 1e-9
 """How far the decomposition may be from the permutation it stands for; float32 itself is no closer than 3e-8."""
+
+PROBES = 8
+"""Random vectors that are sent through a permutation and its decomposition to tell."""
 
 BF16_ROTATION_FEATURES = 1024
 """In bf16 a rotation rounds once more than a matrix and its elementwise part costs more than the product that it saves.
@@ -187,10 +193,9 @@ def _soft(block: _Block) -> Tensor:
 class _CosineSine:
     """P = [U1 0; 0 U2] [C -S; S C] [V1 0; 0 V2], with h rows in the first half and d = h or h - 1 in the second."""
 
-    def __init__(self, matrix: Tensor, h: int) -> None:
-        d = len(matrix) - h
-        p = _orthogonalised(matrix)
-        squared, vectors = _eigh(p[:h, :h].T @ p[:h, :h])
+    def __init__(self, p: Tensor, h: int, squared: Tensor, vectors: Tensor) -> None:
+        """Of an orthogonal matrix and what `_eigh` makes of its first quarter's Gram matrix."""
+        d = len(p) - h
         self.cosine = squared.clamp(0, 1).sqrt()[:d]  # ascending: with h = d + 1 the last one is 1 and has no sine
         self.v1 = vectors.T
         upper, lower = p[:h, :h] @ vectors, p[h:, :h] @ vectors[:, :d]
@@ -200,27 +205,27 @@ class _CosineSine:
         self.v2 = self.cosine.unsqueeze(1) * (self.u2.T @ p[h:, h:]) - self.sine.unsqueeze(1) * (
             self.u1[:, :d].T @ p[:h, h:]
         )
-        self.residual = float((self.product() - p).abs().max().nan_to_num(torch.inf))
+        probes = torch.randn(len(p), PROBES, dtype=p.dtype, generator=torch.Generator().manual_seed(0))
+        self.residual = float((self.times(probes) - p @ probes).abs().max().nan_to_num(torch.inf))
 
-    def product(self) -> Tensor:
+    def times(self, x: Tensor) -> Tensor:
+        """The product of the five factors with x (h + d, N)."""
         h, d = len(self.u1), len(self.u2)
-        c = torch.cat([self.cosine, self.cosine.new_ones(h - d)])
-        s = torch.zeros(h, d, dtype=c.dtype)
-        s[:d] = torch.diag(self.sine)
-        upper = self.u1 @ torch.cat([c.unsqueeze(1) * self.v1, -s @ self.v2], 1)
-        lower = self.u2 @ torch.cat([s.T @ self.v1, self.cosine.unsqueeze(1) * self.v2], 1)
-        return torch.cat([upper, lower])
+        v, w = self.v1 @ x[:h], self.v2 @ x[h:]
+        c, s = self.cosine.unsqueeze(1), self.sine.unsqueeze(1)
+        turned = torch.cat([c * v[:d] - s * w, v[d:]])  # what has no partner stays
+        return torch.cat([self.u1 @ turned, self.u2 @ (s * v[:d] + c * w)])
 
 
-def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """On one thread: the solver's threads gain nothing and, where other work shares the cores, wait for seconds."""
+def _eigh(symmetric: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Side by side, each on one thread: the solver's threads gain nothing and, where other work shares the cores, wait
+    for seconds."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        values, vectors = torch.linalg.eigh(symmetric)
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(torch.linalg.eigh, symmetric))
     finally:
         torch.set_num_threads(threads)
-    return values, vectors
 
 
 def _orthogonalised(matrix: Tensor) -> Tensor:
@@ -228,18 +233,21 @@ def _orthogonalised(matrix: Tensor) -> Tensor:
     for _ in range(3):
         excess = matrix.T @ matrix
         excess.diagonal().sub_(1.0)
+        deviation = excess.norm()
+        if deviation < 1e-5:  # at once for a rotation rounded to float32: what is left is under 1e-10
+            return matrix - 0.5 * (matrix.float() @ excess.float()).double()  # 1e-7 of 1e-5 is under that too
         matrix = torch.addmm(matrix, matrix, excess, alpha=-0.5)
-        if excess.norm() < 1e-5:  # at once for a rotation rounded to float32: what is left is under 1e-10
-            break
     return matrix
+
+
+def _decompositions(matrices: Sequence[Tensor], h: int) -> list[_CosineSine]:
+    """Of matrices that are orthogonal but for rounding, h rows in the first half."""
+    exact = [_orthogonalised(matrix) for matrix in matrices]
+    pairs = _eigh([p[:h, :h].T @ p[:h, :h] for p in exact])
+    return [_CosineSine(p, h, *pair) for p, pair in zip(exact, pairs, strict=True)]
 
 
 def _rotations(blocks: list[_Block]) -> list[_CosineSine] | None:
     """None where a block's matrix has no well-conditioned decomposition (a half that maps onto itself, say)."""
-    decompositions = []
-    for block in blocks:
-        decomposition = _CosineSine(_soft(block), block.passive)
-        if not decomposition.residual < ROTATION_RESIDUAL:
-            return None
-        decompositions.append(decomposition)
-    return decompositions
+    decompositions = _decompositions([_soft(block) for block in blocks], blocks[0].passive) if blocks else []
+    return decompositions if all(each.residual < ROTATION_RESIDUAL for each in decompositions) else None

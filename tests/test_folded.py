@@ -14,7 +14,7 @@ from flows import rough_decoder
 
 from cflow_fast import FlowDecoder, ops
 from cflow_fast.decoder import random_rotation
-from cflow_fast.folding import _CosineSine
+from cflow_fast.folding import _decompositions
 
 CPU = torch.device("cpu")
 FEATURES, CONDITION = 24, 8
@@ -154,8 +154,10 @@ def _eight_blocks(features: int, permute_soft: bool) -> FlowDecoder:
 def test_wide_resnets_decoders_take_less_storage(
     permute_soft: bool, precision: str, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decomposed = functools.cache(lambda features, h: _CosineSine(random_rotation(features).double(), h))
-    monkeypatch.setattr("cflow_fast.folding._CosineSine", lambda matrix, h: decomposed(len(matrix), h))
+    decomposed = functools.cache(lambda features, h: _decompositions([random_rotation(features).double()], h)[0])
+    monkeypatch.setattr(
+        "cflow_fast.folding._decompositions", lambda matrices, h: [decomposed(len(matrix), h) for matrix in matrices]
+    )
     stored = reference = 0
     for features in (512, 1024, 2048):
         folded = _eight_blocks(features, permute_soft).fold(precision)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cflow_fast import FlowDecoder
 from cflow_fast.decoder import random_rotation
-from cflow_fast.folding import _CosineSine, _orthogonalised, fold_weights
+from cflow_fast.folding import PROBES, ROTATION_RESIDUAL, _CosineSine, _decompositions, _orthogonalised, fold_weights
 from cflow_fast.kernels.products import MatmulProducts
 from cflow_fast.kernels.weights import HardMixing, SoftMixing
 from cflow_fast.parity import roughen
@@ -110,11 +110,23 @@ def test_cosine_sine_decomposition_is_one(size: int) -> None:
     torch.manual_seed(0)
     matrix = random_rotation(size).double()
     h, d = size - size // 2, size // 2
-    parts = _CosineSine(matrix, h)
+    (parts,) = _decompositions([matrix], h)
     for factor, n in ((parts.u1, h), (parts.u2, d), (parts.v1, h), (parts.v2, d)):
         torch.testing.assert_close(factor @ factor.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(parts.cosine**2 + parts.sine**2, torch.ones(d, dtype=torch.float64), rtol=0, atol=1e-9)
-    torch.testing.assert_close(parts.product(), matrix, rtol=0, atol=1e-7)
+    torch.testing.assert_close(parts.times(torch.eye(size).double()), matrix, rtol=0, atol=1e-7)
+    assert parts.residual < 1e-9
+
+
+@pytest.mark.parametrize("fault", ["u1", "u2", "v1", "v2", "sine"])
+def test_residual_tells_of_one_number_that_is_off(fault: str) -> None:
+    torch.manual_seed(0)
+    p = random_rotation(40).double()
+    squared, vectors = torch.linalg.eigh(p[:20, :20].T @ p[:20, :20])
+    parts = _CosineSine(p, 20, squared, vectors)
+    probes = torch.randn(40, PROBES).double()
+    getattr(parts, fault).view(-1)[7] += 1e-6
+    assert (parts.times(probes) - p @ probes).abs().max() > ROTATION_RESIDUAL
 
 
 def test_rounded_rotation_becomes_orthogonal_by_moves_under_its_rounding() -> None:
