@@ -156,9 +156,8 @@ def _activate(y: Tensor, activation: str) -> Tensor:
 class OneDnnProducts(_Elementwise):
     """Row-major products on weights packed for oneDNN, float32 or bfloat16, on a CPU.
 
-    A linear layer takes a bias and either an addition or an activation into its epilogue. In bf16 the first layer is
-    asked for as a 1 x 1 convolution, which takes all three (a third of its time at 1024 rows); in fp32 that gains
-    nothing, and a convolution packed for another number of rows is repacked at every call, a hundred times as slow.
+    A linear layer takes a bias and either an addition or an activation into its epilogue. A 1 x 1 convolution would
+    take all three, but one that was packed for another number of rows may be repacked at every call.
     """
 
     feature_dim = 1
@@ -170,41 +169,20 @@ class OneDnnProducts(_Elementwise):
         self.operand_dtype = operand_dtype
         self.bias: dict[str, list[Tensor | None]] = {}
         self.packed: dict[str, list[Tensor]] = {}
-        shares_epilogue = weights.activation == "relu" and weights.condition and operand_dtype == torch.bfloat16
-        self.convolved = {"w1"} if shares_epilogue else set()
         for name, family in product_families(weights).items():
             dtype = precision_of(name, weights, operand_dtype, state)
-            self.packed[name] = [self._pack(name, matrix, rows) for matrix in family.matrix.to(dtype)]
+            self.packed[name] = [
+                torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), rows) for matrix in family.matrix.to(dtype)
+            ]
             blocks = len(family.matrix)
             self.bias[name] = [None] * blocks if family.bias is None else list(family.bias.to(dtype))
-
-    def _pack(self, name: str, matrix: Tensor, rows: int) -> Tensor:
-        outputs, inputs = matrix.shape
-        if name in self.convolved:
-            kernel = matrix.reshape(outputs, inputs, 1, 1).contiguous(memory_format=torch.channels_last)
-            return torch.ops.mkldnn._reorder_convolution_weight(kernel, [0, 0], [1, 1], [1, 1], 1, [1, inputs, rows, 1])
-        return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), rows)
 
     def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
         matrix, bias = self.packed[name][block], self.bias[name][block]
         x = x.to(matrix.dtype)
-        if name in self.convolved:
-            return self._convolve(x, matrix, add)
         if add is not None:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, add.to(matrix.dtype), matrix, bias, "add")
             return _activate(y, activation)
         if activation == "softplus":
             return F.softplus(torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], ""))
         return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, activation, [], "")
-
-    def _convolve(self, x: Tensor, matrix: Tensor, add: Tensor | None) -> Tensor:
-        """relu(matrix x + add) as a 1 x 1 convolution over an image of one column."""
-        assert add is not None
-        if not len(x):  # a convolution refuses an empty image
-            return add
-        image = x.unsqueeze(1).unsqueeze(0).permute(0, 3, 1, 2)
-        addend = add.unsqueeze(1).unsqueeze(0).permute(0, 3, 1, 2)
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            image, addend, matrix, None, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, "relu", [], ""
-        )
-        return y.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
