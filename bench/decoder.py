@@ -57,12 +57,8 @@ def products_alone(work: Decoders, precision: str) -> Built:
     for decoder, features in zip(work.decoders, work.features, strict=True):
         folded = _folded(decoder, precision)
         operands, rows = folded.arithmetic.operands, features[:, 0].numel()
-        usual = ops.torch_flow(folded.weights, folded.arithmetic).products
-        products: MatmulProducts | OneDnnProducts  # all of them in the operands' precision
-        if isinstance(usual, OneDnnProducts):
-            products = OneDnnProducts(folded.weights, operands, CPU_CHUNK_ROWS // 2, state=operands)
-        else:
-            products = MatmulProducts(folded.weights, operands, state=operands)
+        packed = ops.onednn_is_faster(decoder.device, operands)
+        products = TorchFlow(folded.weights, operands, packed, state=operands).products
         for start in range(0, rows, CPU_CHUNK_ROWS):
             runs += _products(products, min(CPU_CHUNK_ROWS, rows - start))
 

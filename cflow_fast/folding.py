@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from cflow_fast.decoder import CLAMPS, CouplingBlock, FlowDecoder, global_affine
+from cflow_fast.kernels.registration import without_autocast
 from cflow_fast.kernels.weights import NARROW, FlowWeights, HardMixing, SoftMixing
 
+CPU = torch.device("cpu")
+
 ROTATION_RESIDUAL = 1e-9
-"""How far the decomposition may be from the permutation it stands for; float32 itself is no closer than 3e-8."""
+"""How far what the decomposition makes of random vectors may be from what the permutation does; float32's own rounding
+is 3e-8 a number."""
 
 PROBES = 8
 """Random vectors that are sent through a permutation and its decomposition to tell."""
@@ -37,13 +41,19 @@ def fold_weights(decoder: FlowDecoder, storage: torch.dtype) -> FlowWeights:
 
     The arithmetic runs on the CPU whatever the decoder's device, so that a fold is the same everywhere.
     """
+    with without_autocast(CPU):
+        return cast_weights(_folded(decoder, storage), storage, decoder.device)
+
+
+def _folded(decoder: FlowDecoder, storage: torch.dtype) -> FlowWeights:
+    """In float64, but for the choice of what a permutation is stored as."""
     blocks = [_Block(block) for block in decoder.blocks]  # type: ignore[arg-type]
     mixing = (
         _soft_mixing(blocks, matrix_blocks(decoder.features, decoder.coupling_blocks, storage))
         if decoder.permute_soft
         else _hard_mixing(blocks)
     )
-    folded = FlowWeights(
+    return FlowWeights(
         activation=decoder.activation,
         clamp=decoder.affine_clamping,
         log_scale=float(sum(block.sigma.log().sum() for block in blocks)),
@@ -54,7 +64,6 @@ def fold_weights(decoder: FlowDecoder, storage: torch.dtype) -> FlowWeights:
         b2=torch.stack([block.b2 for block in blocks]),
         mixing=mixing,
     )
-    return cast_weights(folded, storage, decoder.device)
 
 
 MATRICES = frozenset({"w1", "w1_condition", "w2"})
@@ -148,7 +157,7 @@ def matrix_blocks(features: int, blocks: int, storage: torch.dtype) -> int:
 
 def mixing_storage(features: int, storage: torch.dtype) -> torch.dtype:
     """What the matrices of soft permutations are stored in where others are in `storage`. In bf16 these would lose more
-    than everything else."""
+    than everything else. It is a CPU that multiplies by all of these digits; on a card they are rounded to bf16."""
     return torch.float32 if storage == torch.bfloat16 and features < NARROW else storage
 
 

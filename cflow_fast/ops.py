@@ -162,16 +162,20 @@ def _compiled_for_cpu(weights: FlowWeights, arithmetic: Arithmetic) -> Library |
 
 
 def _takes_onednn(weights: FlowWeights, arithmetic: Arithmetic) -> bool:
-    """Packed oneDNN products against plain ones: by what the CPU reports (measured by `cflow_fast.bench`).
+    """Whether packed oneDNN products are taken: where they are faster, but not for a narrow decoder in float32.
 
-    Not for a narrow decoder in float32: oneDNN adds up each of its sums in one go, and far from what such a decoder was
-    trained on that costs digits which the 5 to 15% that it gains there are not worth.
+    oneDNN adds up each of its sums in one go, and far from what such a decoder was trained on that costs digits which
+    the 5 to 15% that it gains there are not worth.
     """
-    if arithmetic.operands == torch.float32 and weights.features < NARROW:
-        return False
+    narrow = arithmetic.operands == torch.float32 and weights.features < NARROW
+    return onednn_is_faster(weights.device, arithmetic.operands) and not narrow
+
+
+def onednn_is_faster(device: torch.device, operands: torch.dtype) -> bool:
+    """Packed oneDNN products against plain ones: by what the CPU reports (measured by `cflow_fast.bench`)."""
     return (
-        weights.device.type == "cpu"
-        and arithmetic.operands in (torch.float32, torch.bfloat16)
+        device.type == "cpu"
+        and operands in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and cpu_has("avx512")
     )

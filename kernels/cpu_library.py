@@ -21,8 +21,8 @@ _VARIANTS = {
     (torch.float32, "AVX512"): ["_flow_avx512"],
     (torch.bfloat16, "AVX512"): ["_flow_amx", "_flow_avx512_bf16"],
 }
-"""By what is multiplied and PyTorch's word for what the CPU has; the best first. Whether AVX-512's products of bfloat16
-are worth it, which they are not on every CPU that has them, `cflow_fast.precision` decides before it asks for them."""
+"""By what is multiplied and PyTorch's word for what the CPU has; the best first. AVX-512's products of bfloat16 are not
+faster than float32's on every CPU that has them: `cflow_fast.precision` measures that before it asks for bfloat16."""
 
 CPU = torch.device("cpu")
 
@@ -139,15 +139,14 @@ def library(operand: torch.dtype) -> Library | None:
     """
     names = _VARIANTS.get((operand, torch.backends.cpu.get_cpu_capability()), [])
     files = [file for name in names if may_use(name) and (file := library_file(name)) is not None]
-    if not files:
-        return None
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):  # the threads are those of PyTorch
         return None
-    try:
-        return Library(files[0], operand)
-    except LibraryError as error:
-        warnings.warn(f"{files[0]} is left out, PyTorch does its work: {error}; install the package anew", stacklevel=3)
-        return None
+    for file in files:
+        try:
+            return Library(file, operand)
+        except LibraryError as error:
+            warnings.warn(f"{file} is left out, PyTorch does its work: {error}; install the package anew", stacklevel=3)
+    return None
 
 
 def library_file(name: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 `MatmulProducts` keeps the state feature-major, (features, rows): an NCHW map of one image is already that, both halves
 are contiguous and a product is W X. It runs on every device and in every precision.
-`OneDnnProducts` keeps it row-major and multiplies by weights that oneDNN packed once, with bias, addition and
+`OneDnnProducts` keeps it row-major and multiplies by weights that oneDNN packed once, with bias and an addition or an
 activation in the product's own epilogue. Where the CPU's vector units are wide this is the faster one.
 """
 

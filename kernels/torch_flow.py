@@ -33,19 +33,27 @@ class PositionalTables:
 
 
 class TorchFlow:
-    """A folded decoder prepared for one device: weights in the operand precision, packed where that is faster.
+    """A folded decoder prepared for one device: weights as they are multiplied, packed where that is faster.
 
+    state: see `products.precision_of`.
     fused: with Triton's kernels between the products, on a card that runs them; the state is float32 then.
     """
 
-    def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, packed: bool, fused: bool = False) -> None:
+    def __init__(
+        self,
+        weights: FlowWeights,
+        operand_dtype: torch.dtype,
+        packed: bool,
+        fused: bool = False,
+        state: torch.dtype | None = None,
+    ) -> None:
         self.weights = weights
         self.operand_dtype = operand_dtype
         self.products: MatmulProducts | OneDnnProducts
         if packed:
-            self.products = OneDnnProducts(weights, operand_dtype, CPU_CHUNK_ROWS // 2)
+            self.products = OneDnnProducts(weights, operand_dtype, CPU_CHUNK_ROWS // 2, state)
         else:
-            self.products = (FusedProducts if fused else MatmulProducts)(weights, operand_dtype)
+            self.products = (FusedProducts if fused else MatmulProducts)(weights, operand_dtype, state)
         self.tables: OrderedDict[tuple[int, int], PositionalTables] = OrderedDict()
 
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:

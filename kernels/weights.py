@@ -107,7 +107,7 @@ class FlowWeights:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """What the matrix products multiply in; accumulation is float32 at least."""
+        """What the subnets' matrices are stored in; accumulation is float32 at least."""
         return self.w1.dtype
 
     @property

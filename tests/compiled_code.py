@@ -27,7 +27,7 @@ VARIANTS: dict[str, tuple[torch.dtype, str, list[str]]] = {
     "avx512_bf16": (torch.bfloat16, "avx512_bf16", BF16),
     "amx": (torch.bfloat16, "amx_bf16", [*BF16, "-mamx-tile", "-mamx-bf16"]),
 }
-EMULATED_AMX = [*BF16, "-D__AMX_BF16__", "-include", str(Path(__file__).with_name("amx_emulation.h"))]
+EMULATED_AMX = [*BF16, "-include", str(Path(__file__).with_name("amx_emulation.h"))]
 needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 
 

@@ -42,8 +42,10 @@ from cflow_fast.precision import arithmetic
 
 pytestmark = pytest.mark.usefixtures("stale_memory")
 
-BOUND = {torch.float32: 3e-6, torch.bfloat16: 0.05}
+BOUND = {torch.float32: 3e-6, torch.bfloat16: 3e-3}
 """Of the deviation of log p / D, for decoders of few features."""
+ONE_OPERAND = 0.03
+"""The same in bfloat16 where a number of a soft permutation is one operand."""
 MAPS = [(1, 1, 1), (2, 5, 7), (3, 16, 16), (1, 20, 33), (1, 32, 32), (5, 1, 40), (2, 8, 8)]
 
 
@@ -68,22 +70,27 @@ def exact(weights: FlowWeights) -> TorchFlow:
     return TorchFlow(weights, torch.float32, packed=False)
 
 
-def assert_close(ours: Tensor, expected: Tensor, features: int, operand: torch.dtype) -> None:
+def bound_of(weights: FlowWeights, operand: torch.dtype) -> float:
+    rough = isinstance(weights.mixing, SoftMixing) and weights.mixing.matrix.dtype == torch.bfloat16
+    return ONE_OPERAND if rough and operand == torch.bfloat16 else BOUND[operand]
+
+
+def assert_close(ours: Tensor, expected: Tensor, weights: FlowWeights, operand: torch.dtype) -> None:
     assert ours.shape == expected.shape
-    assert ((ours - expected) / features).abs().max() < BOUND[operand]
+    assert ((ours - expected) / weights.features).abs().max() < bound_of(weights, operand)
 
 
-def assert_same_rows(ours: FlowResult, expected: FlowResult, operand: torch.dtype) -> None:
+def assert_same_rows(ours: FlowResult, expected: FlowResult, weights: FlowWeights, operand: torch.dtype) -> None:
     assert ours.u is not None
     assert expected.u is not None
-    features = expected.u.shape[1]
-    assert_close(ours.log_prob, expected.log_prob, features, operand)
-    assert_close(ours.log_det, expected.log_det, features, operand)
-    torch.testing.assert_close(ours.u, expected.u, rtol=0, atol=30 * BOUND[operand])
+    assert_close(ours.log_prob, expected.log_prob, weights, operand)
+    assert_close(ours.log_det, expected.log_det, weights, operand)
+    atol = (30 if operand == torch.float32 else 3) * bound_of(weights, operand)
+    torch.testing.assert_close(ours.u, expected.u, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("mixing", ["hard", "soft", "soft, one operand a number"])
-@pytest.mark.parametrize(("features", "condition"), [(24, 8), (25, 0), (97, 16)])
+@pytest.mark.parametrize(("features", "condition"), [(24, 8), (25, 0), (29, 8), (65, 0), (97, 16)])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_division_of_the_rows_gives_the_same(
     lib: Library, count: int, features: int, condition: int, mixing: str, threads: Any
@@ -99,9 +106,9 @@ def test_every_division_of_the_rows_gives_the_same(
             maps = torch.randn(batch, features, height, width)
             encoding = encoding_factors(condition, height, width) if condition else None
             ours, theirs = (each.log_prob_map(maps, encoding) for each in (flow, expected))
-            assert_close(ours, theirs, features, lib.operand)
+            assert_close(ours, theirs, weights, lib.operand)
         z, c = torch.randn(70, features), torch.randn(70, condition) if condition else None
-        assert_same_rows(flow.rows(z, c, want_u=True), expected.rows(z, c, want_u=True), lib.operand)
+        assert_same_rows(flow.rows(z, c, want_u=True), expected.rows(z, c, want_u=True), weights, lib.operand)
         assert flow.rows(z, c, want_u=False).u is None
 
 
@@ -115,17 +122,16 @@ def test_soft_permutations_stored_as_matrices(lib: Library, activation: str) -> 
         assert (weights.mixing.matrices < weights.blocks) == (features > 1000)
         z, c = torch.randn(40, features), torch.randn(40, 8)
         flow = CpuFlow(weights, lib)
-        assert_same_rows(flow.rows(z, c, want_u=True), exact(weights).rows(z, c, want_u=True), lib.operand)
+        assert_same_rows(flow.rows(z, c, want_u=True), exact(weights).rows(z, c, want_u=True), weights, lib.operand)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"], ids=["matrices", "rotations"])
 @pytest.mark.parametrize("features", [24, 97])
-def test_two_operands_a_number_keep_its_digits(precision: str, features: int) -> None:
+def test_two_operands_a_number_keep_its_digits(lib: Library, precision: str, features: int) -> None:
     """What is lost then is what the subnets lose, as with hard permutations, and not what mixing loses."""
     operand = torch.bfloat16
-    lib = library(operand)
-    if lib is None:
-        pytest.skip("no compiled code for bf16 here")
+    if lib.operand != operand:
+        pytest.skip("float32 needs no second operand")
     decoder = rough_decoder(features, condition=0, permute_soft=True, coupling_blocks=8)
     weights = decoder.fold(precision).weights
     weights = replace(weights, w1=weights.w1.to(operand), w2=weights.w2.to(operand))
@@ -200,12 +206,15 @@ for count in (1, 2, 3):
     torch.set_num_threads(count)
     for features, condition in ((24, 8), (25, 0)):
         for permute_soft in (False, True):
-            weights = t.weights_of(features, condition, lib.operand, permute_soft=permute_soft)
-            flow = CpuFlow(weights, lib)
-            for batch, height, width in t.MAPS:
-                maps = torch.randn(batch, features, height, width)
-                flow.log_prob_map(maps, encoding_factors(condition, height, width) if condition else None)
-            flow.rows(torch.randn(70, features), torch.randn(70, condition) if condition else None, want_u=True)
+            kinds = [t.weights_of(features, condition, lib.operand, permute_soft=permute_soft)]
+            if permute_soft and lib.operand == torch.bfloat16:
+                rotations = t.weights_of(features, condition, torch.float32, permute_soft=True)
+                kinds += [rotations, *(t.with_mixing_in(each, lib.operand) for each in (kinds[0], rotations))]
+            for flow in (CpuFlow(weights, lib) for weights in kinds):
+                for batch, height, width in t.MAPS:
+                    maps = torch.randn(batch, features, height, width)
+                    flow.log_prob_map(maps, encoding_factors(condition, height, width) if condition else None)
+                flow.rows(torch.randn(70, features), torch.randn(70, condition) if condition else None, want_u=True)
     for height, width in m.SIZES if lib.operand == torch.float32 else ():
         cpu_map.anomaly_map(m.scales_of(2), (height, width), [0.0, 0.5], lib)
 print("clean")
@@ -461,4 +470,4 @@ def test_weights_without_a_condition_are_packed_without_one() -> None:
     weights = replace(weights_of(24, 8, torch.float32), w1_condition=None)
     z = torch.randn(9, 24)
     ours, theirs = (flow.rows(z, None, want_u=True) for flow in (CpuFlow(weights, lib), exact(weights)))
-    assert_same_rows(ours, theirs, torch.float32)
+    assert_same_rows(ours, theirs, weights, torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cflow_fast import FlowDecoder
 from cflow_fast.decoder import random_rotation
-from cflow_fast.folding import PROBES, ROTATION_RESIDUAL, _CosineSine, _decompositions, _orthogonalised, fold_weights
+from cflow_fast.folding import ROTATION_RESIDUAL, _CosineSine, _decompositions, _orthogonalised, fold_weights
 from cflow_fast.kernels.products import MatmulProducts
 from cflow_fast.kernels.weights import HardMixing, SoftMixing
 from cflow_fast.parity import roughen
@@ -118,15 +118,25 @@ def test_cosine_sine_decomposition_is_one(size: int) -> None:
     assert parts.residual < 1e-9
 
 
-@pytest.mark.parametrize("fault", ["u1", "u2", "v1", "v2", "sine"])
-def test_residual_tells_of_one_number_that_is_off(fault: str) -> None:
+def test_residual_tells_a_wrong_decomposition_from_a_right_one() -> None:
     torch.manual_seed(0)
-    p = random_rotation(40).double()
+    p = _orthogonalised(random_rotation(40).double())
     squared, vectors = torch.linalg.eigh(p[:20, :20].T @ p[:20, :20])
-    parts = _CosineSine(p, 20, squared, vectors)
-    probes = torch.randn(40, PROBES).double()
-    getattr(parts, fault).view(-1)[7] += 1e-6
-    assert (parts.times(probes) - p @ probes).abs().max() > ROTATION_RESIDUAL
+    assert _CosineSine(p, 20, squared, vectors).residual < 1e-10
+    for turned, values, skewed in ((0.0, 0.0, 3e-8), (0.0, 3e-8, 0.0), (3e-8, 0.0, 0.0)):
+        wrong = [each.clone(memory_format=torch.contiguous_format) for each in (vectors, squared, p)]
+        for tensor, by in zip(wrong, (turned, values, skewed), strict=True):
+            tensor.view(-1)[7] += by
+        assert _CosineSine(wrong[2], 20, wrong[1], wrong[0]).residual > ROTATION_RESIDUAL
+
+
+def test_autocast_around_a_fold_changes_nothing() -> None:
+    decoder = exact_decoder(40, permute_soft=True).float()
+    expected = fold_weights(decoder, torch.float32).tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = fold_weights(decoder, torch.float32).tensors()
+    assert folded.keys() == expected.keys()
+    assert all(torch.equal(folded[name], expected[name]) for name in expected)
 
 
 def test_rounded_rotation_becomes_orthogonal_by_moves_under_its_rounding() -> None:

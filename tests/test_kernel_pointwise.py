@@ -88,7 +88,7 @@ def test_the_fused_flow_is_the_plain_one(features: int, permute_soft: bool, oper
     decoder = rough_decoder(features, permute_soft=permute_soft)
     weights = decoder.fold("bf16" if operand == torch.bfloat16 else "fp32").weights
     exact = TorchFlow(weights, torch.float32, packed=False)
-    fused, plain = (TorchFlow(weights, operand, packed=False, fused=fused) for fused in (True, False))
+    fused, plain = (TorchFlow(weights, operand, packed=False, fused=fused, state=operand) for fused in (True, False))
     maps, encoding = torch.randn(2, features, 3, 5), encoding_factors(8, 3, 5)
     expected = exact.log_prob_map(maps, encoding)
     ours, theirs = ((each.log_prob_map(maps, encoding) - expected).abs().max() / features for each in (fused, plain))

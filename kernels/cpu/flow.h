@@ -9,7 +9,8 @@
    Many rows: every thread takes chunks of panels through all blocks and waits for nobody. Few rows: all threads share
    one chunk, each with its share of the tiles of a phase, and meet between phases.
 
-   One source for every instruction set; the compiler's flags decide. What differs is `operand`, float32 or bfloat16, and
+   One source for every instruction set: the compiler's flags decide, and for bfloat16 FLOW_BF16, by its products of
+   pairs, and FLOW_AMX with it. What differs is `operand`, float32 or bfloat16, and
    how operands are multiplied: see "Products". Sums, epilogues and the state are float32, what is added up per row
    float64. Where so many digits are wanted of a soft permutation in bfloat16, its matrices and the state that they meet
    come in two parts, an operand and what rounding to it left. Symbols of OpenMP are those of the library that PyTorch
@@ -20,10 +21,10 @@
 
 #include "vectors.h"
 
-#if defined(__AMX_BF16__)
+#if defined(FLOW_AMX)
 #define OUTPUTS 32
 #define INPUTS_TOGETHER 32
-#elif defined(__AVX512BF16__)
+#elif defined(FLOW_BF16)
 #define OUTPUTS 14
 #define INPUTS_TOGETHER 2
 #elif defined(__AVX512F__)
@@ -42,14 +43,14 @@
 
 typedef struct { vec at[OUTPUTS][2]; } tile;
 
-#if defined(__AVX512BF16__)
+#if defined(FLOW_BF16)
 typedef uint16_t operand; /* bfloat16; of a panel, features in pairs: (features / 2, ROWS, 2) */
 #else
 typedef float operand;
 #endif
 #define INPUTS(count) (((count) + INPUTS_TOGETHER - 1) / INPUTS_TOGETHER * INPUTS_TOGETHER)
 
-/* Numbers and packed weights of a decoder; `cpu_flow._Decoder` has the same fields in the same order.
+/* Numbers and packed weights of a decoder; `cpu_library.Decoder` has the same fields in the same order.
    A matrix of block b starts b times its own size after its pointer; so does a vector, padded to whole groups. */
 typedef struct {
     size blocks, passive, active, hidden, condition, softplus, hard, matrices, parts;
@@ -84,7 +85,7 @@ INLINE size padded(size outputs) { return groups_of(outputs) * OUTPUTS; }
 /* Products. `multiply` adds those of one group of outputs with a panel of `inputs` features to a tile. `next`: memory
    to fetch meanwhile, `step` bytes for every input. `keep` stores two features of a panel as operands. */
 
-#if defined(__AMX_BF16__)
+#if defined(FLOW_AMX)
 
 /* Weights: (groups, inputs / 32, OUTPUTS, 32). Four tile registers of 16 outputs by 16 rows are the sums. */
 ALONE void multiply(tile *sums, const operand *weights, const operand *x, size inputs, const char *next, size step) {
@@ -130,8 +131,8 @@ static const tile_config eight_whole_tiles = {
 #define PREPARE_UNITS
 #define RESTORE_UNITS
 
-#if defined(__AVX512BF16__)
-#define INPUTS_AT_ONCE inputs
+#if defined(FLOW_BF16)
+#define INPUTS_AT_ONCE inputs /* what operands lose is far more */
 
 INLINE vec with_product(vec sum, vec weight, vec x) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)x);
@@ -168,7 +169,7 @@ ALONE void multiply(tile *sums, const operand *weights, const operand *x, size i
 
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(FLOW_BF16)
 
 INLINE __m512i as_bf16(vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 

@@ -3,7 +3,7 @@
 
 EXPORTED int cflow_fast_interface(int which) {
     static const int known[] = {INTERFACE, sizeof(decoder), sizeof(task)
-#if !defined(__AVX512BF16__)
+#if !defined(FLOW_BF16)
         , sizeof(map_scale), sizeof(map_task)
 #endif
     };
