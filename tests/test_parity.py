@@ -189,6 +189,12 @@ def test_planted_fault_turns_the_row_red(fault: str, permute_soft: bool, monkeyp
     assert [row.passed for row in rows] == [row.precision not in shown_in for row in rows]
 
 
+def test_one_missing_bias_turns_every_row_red_with_hard_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With soft ones it is less than what FrEIA itself loses in bf16."""
+    monkeypatch.setattr("cflow_fast.folded.fold_weights", lambda *args: _scaled("b1", 0.0)(fold_weights(*args)))
+    assert not any(row.passed for row in check(random_case(64)))
+
+
 def test_swapped_axes_turn_every_row_red(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = torch_flow.positional_tables
 

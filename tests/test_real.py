@@ -5,6 +5,7 @@ CFLOW_FAST_DATA names a folder with mvtec/bottle, CFLOW_FAST_WEIGHTS one with re
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -98,15 +99,14 @@ def defective(bottle: MVTecCategory) -> list[Path]:
 
 
 def test_trained_decoders_agree_with_float64(fitted: Fit, defective: list[Path]) -> None:
-    assert_as_exact_as_freia(fitted.model, defective)
+    assert_as_exact_as_freia(fitted.model, defective, one_run=True)
 
 
 def test_trained_decoders_keep_the_whole_yardstick_every_way(fitted: Fit, defective: list[Path]) -> None:
     """On three defective images, by PyTorch's products and in bf16 too."""
     images = load_images(defective[:3], fitted.model.image_size, on_skip=lambda path, reason: pytest.fail(reason))
     for scale, features in enumerate(fitted.model.features(next(iter(images)).images)):
-        case = Case(f"scale {scale + 1}", fitted.model.decoders[scale], features.contiguous(), runs=RUNS)
-        rows = list(check(case))
+        rows = list(check(Case(f"scale {scale + 1}", fitted.model.decoders[scale], features.contiguous())))
         assert [row.failures for row in rows] == [[] for _ in rows], rows
 
 
@@ -118,15 +118,16 @@ def test_trained_soft_permutations_agree_with_float64(
     torch.manual_seed(0)
     model = untrained(permute_soft=True, activation=activation)
     assert Fit(model, bottle.train, replace(PRESETS["fast"], steps=PRESETS["fast"].steps // 10)).run()
-    assert_as_exact_as_freia(model, defective[::9])
+    assert_as_exact_as_freia(model, defective[::9], one_run=activation == "relu")
 
 
-def assert_as_exact_as_freia(model: CFlowAD, paths: list[Path]) -> None:
+def assert_as_exact_as_freia(model: CFlowAD, paths: list[Path], one_run: bool) -> None:
     """On defective images: log p / D falls to -1e8 there, far below anything that was trained on.
 
     The compiled code passes the yardstick down to USUAL; in fp32 its largest error relative to the value is bounded all
     the way. PyTorch's products round as FrEIA's do, so that either may have the larger maximum; over all positions,
     each error relative to its value, they have the smaller RMS.
+    one_run: judged by one run of FrEIA's too, in fp32 all the way.
     """
     batches = load_images(paths, model.image_size, on_skip=lambda path, reason: pytest.fail(reason))
     for scale, maps in enumerate(zip(*[model.features(batch.images) for batch in batches], strict=True)):
@@ -140,3 +141,7 @@ def assert_as_exact_as_freia(model: CFlowAD, paths: list[Path]) -> None:
             assert usual.passed or usual.backend == "torch", usual
             if usual.backend == "compiled" and usual.precision == "fp32":
                 assert ours.bounded <= FP32_RATIO * theirs.bounded, everywhere
+            if one_run:
+                alone = replace(comparison, theirs=comparison.theirs[:1])
+                row = alone.row(lowest=USUAL if usual.precision == "bf16" else -math.inf)
+                assert row.passed or row.backend == "torch", row
