@@ -12,7 +12,7 @@ from cflow_fast import ops
 from cflow_fast.decoder import FlowDecoder, check_map_or_rows, check_maps, check_rows
 from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import registration
-from cflow_fast.kernels.registration import Flow, FlowDescription, FlowDispatch, without_autocast
+from cflow_fast.kernels.registration import Flow, FlowDescription, FlowDispatch
 from cflow_fast.kernels.weights import FlowWeights, mixing_kind
 from cflow_fast.positional import encoding_factors
 from cflow_fast.precision import Arithmetic, arithmetic, resolve_precision
@@ -26,7 +26,7 @@ class FoldedDecoder(nn.Module):
     a working copy there, in the layout that is fastest (and in float32 where bf16 cannot be multiplied).
 
     It has no inverse, no gradients and no training mode: keep the FlowDecoder for those. Under torch.compile and
-    torch.export `log_prob` is one op, `cflow_fast::flow_log_prob`.
+    torch.export `log_prob` is one op, `cflow_fast::flow_log_prob`, and a call another, `cflow_fast::flow_rows`.
     """
 
     def __init__(self, weights: FlowWeights, precision: str) -> None:
@@ -84,7 +84,6 @@ class FoldedDecoder(nn.Module):
         _refuse_gradients(features, condition)
         return registration.flow_log_prob(features, condition, self._tensors, self._description)
 
-    @torch.no_grad()
     def forward(
         self, z: Tensor, c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -95,10 +94,7 @@ class FoldedDecoder(nn.Module):
             )
         condition = check_rows(z, c, self.features, self.condition)
         _refuse_gradients(z, condition)
-        with without_autocast(self.device):
-            result = self.flow.rows(z, condition, want_u=True)
-        assert result.u is not None
-        return result.u.to(result.log_det.dtype), result.log_det
+        return registration.flow_rows(z, condition, self._tensors, self._description)
 
     @property
     def flow(self) -> Flow:

@@ -2,12 +2,13 @@
 
     anomaly_map(Tensor[] log_probs, SymInt[] size, float[]? maxima, str backend) -> (map, score)
     flow_log_prob(Tensor features, Tensor? condition, Tensor[] weights, ..., str precision) -> log_prob
+    flow_rows(Tensor z, Tensor? condition, Tensor[] weights, ..., str precision) -> (u, log_det)
 
 A folded decoder goes in as its tensors in the order of `FlowWeights.tensors` and the numbers beside them, no handle:
 an exported program carries all it needs. What an implementation makes of them (packed or padded copies, positional
 tables) is made on the first call and found again by where the tensors lie; it lives as long as the first of them.
 
-Neither op has gradients. Results never share memory with inputs.
+None of the ops has gradients. Results never share memory with inputs.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ from cflow_fast.kernels.weights import MIXINGS, FlowWeights
 
 LIBRARY = torch.library.Library("cflow_fast", "DEF")
 LIBRARY.define("anomaly_map(Tensor[] log_probs, SymInt[] size, float[]? maxima, str backend) -> (Tensor, Tensor)")
-LIBRARY.define(
-    "flow_log_prob(Tensor features, Tensor? condition, Tensor[] weights, str mixing, str activation, float clamp, "
-    "float log_scale, str precision) -> Tensor"
-)
+_FOLDED = "Tensor[] weights, str mixing, str activation, float clamp, float log_scale, str precision"
+LIBRARY.define(f"flow_log_prob(Tensor features, Tensor? condition, {_FOLDED}) -> Tensor")
+LIBRARY.define(f"flow_rows(Tensor z, Tensor? condition, {_FOLDED}) -> (Tensor, Tensor)")
 
 
 class Flow(Protocol):
@@ -89,8 +89,15 @@ def flow_log_prob(
     return torch.ops.cflow_fast.flow_log_prob(features, condition, weights, *description)
 
 
+def flow_rows(
+    z: Tensor, condition: Tensor | None, weights: Sequence[Tensor], description: FlowDescription
+) -> tuple[Tensor, Tensor]:
+    """Rows (N, D) under a condition (N, C) to u (N, D) and log|det du/dz| (N,)."""
+    return torch.ops.cflow_fast.flow_rows(z, condition, weights, *description)
+
+
 def prepared_flow(tensors: Sequence[Tensor], description: FlowDescription) -> Flow:
-    """The flow of these weights, made on first use: the one that calls of `flow_log_prob` run."""
+    """The flow of these weights, made on first use: the one that the ops run."""
     return _flows.get(tensors, description)
 
 
@@ -152,6 +159,21 @@ def _fake_flow_log_prob(features: Tensor, condition: Tensor | None, weights: lis
     return features.new_empty(positions, dtype=b1.dtype)
 
 
+def _flow_rows(z: Tensor, condition: Tensor | None, weights: list[Tensor], *described: Any) -> tuple[Tensor, Tensor]:
+    flow = prepared_flow(weights, FlowDescription(*described))
+    with without_autocast(z.device):
+        result = flow.rows(z, condition, want_u=True)
+    assert result.u is not None
+    return result.u.to(result.log_det.dtype).contiguous(), result.log_det
+
+
+def _fake_flow_rows(
+    z: Tensor, condition: Tensor | None, weights: list[Tensor], *described: Any
+) -> tuple[Tensor, Tensor]:
+    log_det = _fake_flow_log_prob(z, condition, weights, *described)
+    return log_det.new_empty(z.shape), log_det
+
+
 def _names(count: int, mixing: str) -> list[str]:
     """The weights' names, in the order of FlowWeights.tensors; `count` tells whether there is a condition."""
     own = ["w1", "w1_condition", "b1", "w2", "b2"]
@@ -202,6 +224,7 @@ def _refuse_gradients(name: str, reason: str) -> None:
 for _name, _implementation, _fake, _reason in (
     ("anomaly_map", _anomaly_map, _fake_anomaly_map, "the anomaly map's op has no gradients"),
     ("flow_log_prob", _flow_log_prob, _fake_flow_log_prob, "a folded decoder has no gradients"),
+    ("flow_rows", _flow_rows, _fake_flow_rows, "a folded decoder has no gradients"),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cflow_fast::{_name}", _fake, lib=LIBRARY)

@@ -19,6 +19,8 @@ from cflow_fast.kernels.torch_flow import TorchFlow
 
 OPS = torch.ops.cflow_fast
 FEATURES = torch.randn(2, 7, 3, 4, generator=torch.Generator().manual_seed(0))
+ROWS = tuple(torch.randn(5, size, generator=torch.Generator().manual_seed(size)) for size in (7, 8))
+"""And their condition."""
 
 
 def folded(precision: str = "fp32", **options: Any) -> FoldedDecoder:
@@ -62,6 +64,14 @@ def test_flow_log_prob_passes_opcheck_on_rows() -> None:
     torch.library.opcheck(OPS.flow_log_prob, op_arguments(folded("bf16"), torch.randn(5, 7), condition))
 
 
+@pytest.mark.parametrize("backend", ["", "torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"condition": 0}, {"permute_soft": True}])
+def test_flow_rows_passes_opcheck(options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", backend)
+    decoder, (z, c) = folded(**options), ROWS
+    torch.library.opcheck(OPS.flow_rows, op_arguments(decoder, z, c if decoder.condition else None))
+
+
 @pytest.mark.parametrize("batch", [0, 2])
 def test_fake_results_have_the_shape_dtype_and_strides_of_real_ones(batch: int) -> None:
     for precision in ("fp32", "fp64", "bf16"):
@@ -70,6 +80,9 @@ def test_fake_results_have_the_shape_dtype_and_strides_of_real_ones(batch: int) 
         fake = registration._fake_flow_log_prob(*arguments)
         real = OPS.flow_log_prob(*arguments)
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+        arguments = op_arguments(decoder, *(row[:batch] for row in ROWS))
+        for fake, real in zip(registration._fake_flow_rows(*arguments), OPS.flow_rows(*arguments), strict=True):
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def test_backends_of_the_anomaly_map_agree() -> None:
@@ -101,6 +114,25 @@ def test_compiled_log_prob_takes_rows_and_other_sizes() -> None:
         assert torch.equal(compiled(features), decoder.log_prob(features))
     rows = (torch.randn(5, 7), torch.randn(5, 8))
     assert torch.equal(compiled(*rows), decoder.log_prob(*rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"condition": 0}, {"permute_soft": True}])
+def test_compiled_call_as_freia_has_no_graph_break_and_the_same_numbers(options: dict[str, Any]) -> None:
+    decoder = folded(**options)
+    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True, dynamic=True)
+    for z, c in (ROWS, [row.repeat(3, 1) for row in ROWS]):
+        condition = [c] if decoder.condition else None
+        for one, other in zip(compiled(z, condition), decoder(z, condition), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_call_as_freia_computes_the_same(strict: bool) -> None:
+    decoder, (z, c) = folded(), ROWS
+    program = torch.export.export(decoder, (z, [c]), strict=strict)
+    assert [str(node.target) for node in program.graph.nodes].count("cflow_fast.flow_rows.default") == 1
+    for one, other in zip(program.module()(z, [c]), decoder(z, [c]), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -138,6 +170,10 @@ def test_autocast_around_a_call_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(decoder.log_prob(FEATURES), expected)
         assert torch.equal(compiled(FEATURES), expected)
+        u, log_det = decoder(ROWS[0], [ROWS[1]])
+    expected_u, expected_log_det = decoder(ROWS[0], [ROWS[1]])
+    assert torch.equal(u, expected_u)
+    assert torch.equal(log_det, expected_log_det)
 
 
 @pytest.fixture
@@ -163,6 +199,7 @@ def test_weights_are_prepared_once_for_every_way_of_calling(prepared: list[Any])
         decoder.log_prob(FEATURES)
         OPS.flow_log_prob(*op_arguments(decoder, FEATURES))
         program(FEATURES)
+        decoder(ROWS[0], [ROWS[1]])
     assert len(prepared) == 1
 
 
@@ -208,6 +245,10 @@ def test_gradients_are_refused_by_every_way_of_calling() -> None:
         compiled(features)
     with pytest.raises(RuntimeError, match="a folded decoder has no gradients"):
         OPS.flow_log_prob(*op_arguments(decoder, features)).sum().backward()
+    with pytest.raises(RuntimeError, match="a folded decoder has no gradients"):
+        decoder(ROWS[0].clone().requires_grad_(), [ROWS[1]])
+    with pytest.raises(RuntimeError, match="a folded decoder has no gradients"):
+        OPS.flow_rows(*op_arguments(decoder, ROWS[0].clone().requires_grad_(), ROWS[1]))[0].sum().backward()
     maps = [log_prob.requires_grad_() for log_prob in log_probs()]
     with pytest.raises(RuntimeError, match="the anomaly map's op has no gradients"):
         OPS.anomaly_map(maps, [3, 3], None, "torch")[0].sum().backward()
