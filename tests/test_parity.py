@@ -281,6 +281,58 @@ def test_positions_below_a_bound_are_left_out() -> None:
     assert comparison.row(lowest=-5.0).theirs.maximum == pytest.approx(0.3)
 
 
+def on_images(backend: str, kind: str, ours: Tensor, exact: Tensor, theirs: Tensor) -> list[parity.Row]:
+    return parity.Comparison("case", backend, kind, kind, ours, "FrEIA", [theirs], exact).trained_rows()
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_on_images_usual_values_are_held_to_the_yardstick_and_all_to_relative_errors(kind: str) -> None:
+    exact = torch.tensor([-1.0, -7000.0, -7001.0, -1e6]).double()
+    freias = exact + torch.tensor([1e-3, 3.0, 3.0, 100.0])
+    usual, everything = on_images("compiled", kind, exact + torch.tensor([5e-4, 1.0, 1.0, 50.0]), exact, freias)
+    assert (usual.case, usual.relative, usual.failures) == ("case", False, [])
+    assert (everything.case, everything.relative, everything.failures) == ("case, relative", True, [])
+    assert usual.theirs.maximum == pytest.approx(3)
+    assert everything.theirs.maximum == pytest.approx(100)
+    below = exact + torch.tensor([5e-4, 1.0, 1.0, 2e4])  # a fault that only the lowest has
+    usual, everything = on_images("compiled", kind, below, exact, freias)
+    assert usual.passed
+    assert any("relative RMS / FrEIA's" in failure for failure in everything.failures)
+    assert any("relative maximum" in failure for failure in everything.failures) == (kind == "fp32")
+    above = exact + torch.tensor([5e-4, 5.0, 1.0, 50.0])  # and one that a usual one has
+    assert not on_images("compiled", kind, above, exact, freias)[0].passed
+
+
+def test_on_images_pytorchs_products_are_held_to_relative_errors_alone() -> None:
+    exact = torch.tensor([-1.0, -2.0]).double()
+    (row,) = on_images("torch", "fp32", exact + torch.tensor([0.0, 1.3e-3]), exact, exact + 1e-3)
+    assert row.relative
+    assert row.passed
+
+
+def test_on_images_without_a_usual_value_errors_are_relative() -> None:
+    exact = torch.tensor([-1e5, -1e6]).double()
+    (row,) = on_images("compiled", "fp32", exact + 1, exact, exact + 2)
+    assert row.relative
+    assert row.passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "failures"),
+    [
+        ("fp32", Error(9.0, 9.0, 1.5e-3, 1.0, 1.5e-4), 0),
+        ("fp32", Error(9.0, 9.0, 1.6e-3, 1.0, 1.6e-4), 2),
+        ("bf16", Error(9.0, 9.0, 9.0, 0.9996, 0.9e-4), 0),
+        ("bf16", Error(9.0, 9.0, 9.0, 0.9994, 0.91e-4), 2),
+        ("tf32", Error(9.0, 9.0, 9.0, 1.0, 1e-4), 0),
+        ("tf32", Error(9.0, 9.0, 9.0, 1.0, 1.1e-4), 1),
+        ("fp32", Error(math.nan, 0.0, 0.0, 1.0, 0.0), 1),
+    ],
+)
+def test_relative_yardstick_is_at_its_numbers(kind: str, ours: Error, failures: int) -> None:
+    assert len(parity.relative_failures(kind, ours, Error(1.0, 1.0, 1e-3, 1.0, 1e-4))) == failures
+
+
 def test_rows_can_be_written_as_json() -> None:
     rows = [row.as_dict() for row in check(random_case(41, size=(1, 2, 3)), ["fp32"])]
     *compiled, told = json.loads(json.dumps(rows))

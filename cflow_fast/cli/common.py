@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,8 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cflow_fast.datasets import find_images
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -48,6 +50,11 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> to
     except (RuntimeError, AssertionError, ImportError) as error:
         raise click.BadParameter(f"{value!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def image_paths(images: Sequence[Path]) -> list[Path]:
+    """Files as they are given, folders as the images in them."""
+    return [path for given in images for path in (find_images(given) if given.is_dir() else [given])]
 
 
 class Skipped:

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import torch
 
-from cflow_fast.cli.common import Skipped, console, loading_options, model_argument
-from cflow_fast.datasets import find_images, load_images
+from cflow_fast.cli.common import Skipped, console, image_paths, loading_options, model_argument
+from cflow_fast.datasets import load_images
 from cflow_fast.images import read_image
 from cflow_fast.model import CFlowAD
 from cflow_fast.output import ResultWriter
@@ -31,7 +31,7 @@ def predict(
     others are not lost; the exit code is 1 then.
     """
     loaded = CFlowAD.load(model, device)
-    paths = [path for given in images for path in (find_images(given) if given.is_dir() else [given])]
+    paths = image_paths(images)
     skipped = Skipped()
     writer = ResultWriter(output, loaded)
     seconds = 0.0
