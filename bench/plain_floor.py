@@ -37,7 +37,8 @@ def plain_at_least(weights: FlowWeights, maps: Tensor, card: Card) -> float:
             torch.empty(weights.blocks, n, weights.hidden, dtype=flow.operand_dtype, device=META)
             for n in (height, width)
         )
-        flow.tables[height, width] = PositionalTables(*sides)
+        tables = PositionalTables(*sides)
+        flow.tables.get((height, width), lambda: tables)
         encoding = (torch.empty(0), torch.empty(0))  # not looked at
     rate = card.matrix["bf16" if flow.operand_dtype == torch.bfloat16 else "ieee"]
     with _Counted(card, rate) as counted, torch.no_grad():

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -171,7 +172,10 @@ class CFlowAD(nn.Module):
         """
         derived = (self.folded(), self.fused_encoder())
         if self._graphs is None or self._graphs_of != derived:
-            self._graphs, self._graphs_of = GraphCache(self._log_probs), derived
+            if self._graphs is not None:
+                self._graphs.clear()
+            log_probs = weakref.WeakMethod(self._log_probs)  # or a model would live, on the card, until a collection
+            self._graphs, self._graphs_of = GraphCache(lambda images: log_probs()(images)), derived  # type: ignore[misc]
         return list(self._graphs(images.to(self.device)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -319,10 +323,17 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _versions(module: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """Changes whenever a parameter or buffer is exchanged, moved or written to."""
-    return map(_version, itertools.chain(module.parameters(), module.buffers()))
+def _versions(module: nn.Module) -> list[tuple[int, int, int]]:
+    """Changes whenever a parameter or buffer is exchanged, moved or written to.
+
+    Asked for at every call: `module.parameters()`, which names and compares them all, takes three times as long.
+    """
+    modules, tensors = [module], []
+    for each in modules:
+        modules += [child for child in each._modules.values() if child is not None]
+        tensors += [*each._parameters.values(), *each._buffers.values()]
+    return [_version(tensor) for tensor in tensors if tensor is not None]
 
 
 def _version(tensor: Tensor) -> tuple[int, int, int]:
-    return id(tensor), tensor.data_ptr(), tensor._version
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -22,6 +22,6 @@ Where to read on:
     pointwise     what the plain path fuses between its products on a GPU
     configs       every tile shape, and how one is chosen; lang: what kernels are written in; chip: the card
     tuning        tables before rules (tuning_table: as a file); tuned_flow: Triton or the plain path
-    registration  the operations as PyTorch knows them; capture: streams and CUDA graphs
+    registration  the operations as PyTorch knows them; capture: streams and CUDA graphs; table_cache: tables by size
 A module here knows tensors, shapes and strides; nothing of encoders, modules or files, but for the tables.
 """

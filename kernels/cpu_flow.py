@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from cflow_fast.kernels.cpu_library import CPU, Decoder, Library, Task, address, check_is_here
 from cflow_fast.kernels.flow import FlowResult
-from cflow_fast.kernels.torch_flow import MAX_TABLES, positional_tables
+from cflow_fast.kernels.table_cache import TableCache
+from cflow_fast.kernels.torch_flow import positional_tables
 from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
 
 INPUT_BYTES = 3 << 19
@@ -45,7 +45,7 @@ class CpuFlow:
         )
         of_panel = 2 * lib.vector * lib.operand.itemsize * max(weights.passive, weights.hidden)
         self.chunk_panels = max(1, min(MAX_PANELS, INPUT_BYTES // of_panel))
-        self.tables: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self.tables: TableCache[tuple[Tensor, Tensor]] = TableCache(CPU)
 
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
         """As TorchFlow.log_prob_map: natural log-likelihoods (B, H, W) of feature maps (B, D, H, W), float32."""
@@ -96,14 +96,11 @@ class CpuFlow:
         return FlowResult(log_prob, log_det, u)
 
     def _tables_for(self, height: int, width: int, encoding: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        tables = self.tables.get((height, width))
-        if tables is None:
+        def made() -> tuple[Tensor, Tensor]:
             exact = positional_tables(self.weights, encoding, torch.float32)
-            tables = self._table(exact.rows), self._table(exact.columns)
-            self.tables[(height, width)] = tables
-            while len(self.tables) > MAX_TABLES:
-                self.tables.popitem(last=False)
-        return tables
+            return self._table(exact.rows), self._table(exact.columns)
+
+        return self.tables.get((height, width), made)
 
     def _table(self, table: Tensor) -> Tensor:
         """(K, positions, m) to (K, m, positions): outputs in whole groups, at least a vector of positions."""

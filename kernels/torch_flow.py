@@ -6,7 +6,6 @@ in chunks, so that the hidden layer (chunk x m) does not grow with the batch.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from cflow_fast.kernels.flow import FlowResult, run_flow
 from cflow_fast.kernels.products import FusedProducts, MatmulProducts, OneDnnProducts
+from cflow_fast.kernels.table_cache import TableCache
 from cflow_fast.kernels.weights import FlowWeights
 
 CPU_CHUNK_ROWS = 2048
 """Rows worked on at once: enough that the threads' meeting after every operation costs little."""
 GPU_CHUNK_ROWS = 32768
 """There memory is the only bound: the widest hidden layer of WideResNet-50's decoders stays under 310 MB in fp32."""
-MAX_TABLES = 8
-"""Sizes of feature maps whose positional tables are kept; the oldest is dropped first."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class TorchFlow:
             self.products = OneDnnProducts(weights, operand_dtype, CPU_CHUNK_ROWS // 2, state)
         else:
             self.products = (FusedProducts if fused else MatmulProducts)(weights, operand_dtype, state)
-        self.tables: OrderedDict[tuple[int, int], PositionalTables] = OrderedDict()
+        self.tables: TableCache[PositionalTables] = TableCache(weights.device)
 
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
         """Natural log-likelihood of every position of feature maps (B, D, H, W), in any memory format: (B, H, W).
@@ -113,13 +111,7 @@ class TorchFlow:
         return x.narrow(dim, 0, passive).contiguous(), x.narrow(dim, passive, self.weights.active).contiguous()
 
     def _tables_for(self, height: int, width: int, encoding: tuple[Tensor, Tensor]) -> PositionalTables:
-        tables = self.tables.get((height, width))
-        if tables is None:
-            tables = positional_tables(self.weights, encoding, self.operand_dtype)
-            self.tables[(height, width)] = tables
-            while len(self.tables) > MAX_TABLES:
-                self.tables.popitem(last=False)
-        return tables
+        return self.tables.get((height, width), lambda: positional_tables(self.weights, encoding, self.operand_dtype))
 
     def _chunk_rows(self, device: torch.device) -> int:
         return CPU_CHUNK_ROWS if device.type == "cpu" else GPU_CHUNK_ROWS

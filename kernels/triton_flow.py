@@ -5,7 +5,6 @@ A decoder whose state fits the registers runs whole in one kernel (`whole_flow`)
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -13,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cflow_fast.kernels.capture import in_capture
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import WholeFlowConfig
 from cflow_fast.kernels.flow import FlowResult
@@ -20,7 +20,8 @@ from cflow_fast.kernels.linear import Positions
 from cflow_fast.kernels.phase_weights import PhaseWeights, operand_dtype
 from cflow_fast.kernels.phases import HiddenBias, Phases
 from cflow_fast.kernels.rows import Rows, loose_rows, map_rows
-from cflow_fast.kernels.torch_flow import MAX_TABLES, PositionalTables, positional_tables
+from cflow_fast.kernels.table_cache import TableCache
+from cflow_fast.kernels.torch_flow import PositionalTables, positional_tables
 from cflow_fast.kernels.tuning import select_whole_flow
 from cflow_fast.kernels.weights import FlowWeights, HardMixing
 from cflow_fast.kernels.whole_flow import whole_flow_map, whole_flow_rows
@@ -36,12 +37,12 @@ class TritonFlow:
     def __init__(self, weights: FlowWeights, precision: str) -> None:
         self.weights, self.precision = weights, precision
         self.chip = Chip.of(weights.device)
-        self._tables: OrderedDict[tuple[int, int, bool], Tensor | list[Positions]] = OrderedDict()
+        self.tables: TableCache[Tensor | list[Positions]] = TableCache(weights.device)
 
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
         """As TorchFlow.log_prob_map: natural log-likelihoods (B, H, W) of feature maps (B, D, H, W), float32."""
         batch, _, height, width = features.shape
-        with _current(features.device):
+        with on_device(features.device):
             config = self._whole_config(batch * height * width)
             tables = None if encoding is None else self._tables_for(height, width, encoding, whole=config is not None)
             if config is not None:
@@ -58,7 +59,7 @@ class TritonFlow:
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
         """As TorchFlow.rows: loose feature vectors (N, D) with a condition (N, C) each; u as (N, D) float32."""
-        with _current(z.device):
+        with on_device(z.device):
             config = self._whole_config(len(z), own_condition=condition is not None)
             if config is not None:
                 return whole_flow_rows(z, condition, self.whole, want_u, config)
@@ -100,15 +101,13 @@ class TritonFlow:
     def _tables_for(
         self, height: int, width: int, encoding: tuple[Tensor, Tensor], whole: bool
     ) -> Tensor | list[Positions]:
-        tables = self._tables.get((height, width, whole))
-        if tables is None:
+        def made() -> Tensor | list[Positions]:
             exact: PositionalTables = positional_tables(self.weights, encoding, operand_dtype(self.precision))
             tables = self.whole.tables(exact) if whole else self.prepared.positions(exact)
             finish(self.weights.device)
-            self._tables[height, width, whole] = tables
-            while len(self._tables) > MAX_TABLES:
-                self._tables.popitem(last=False)
-        return tables
+            return tables
+
+        return self.tables.get((height, width, whole), made)
 
 
 def chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]]:
@@ -123,10 +122,10 @@ def chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]]
 
 def finish(device: torch.device) -> None:
     """What is kept for later calls has to be there for those on other streams too."""
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and not in_capture(device):
         torch.cuda.current_stream(device).synchronize()
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

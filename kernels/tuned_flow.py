@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cflow_fast.kernels import tuning
+from cflow_fast.kernels.capture import in_capture
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import TorchFlow
-from cflow_fast.kernels.triton_flow import TritonFlow, finish
+from cflow_fast.kernels.triton_flow import TritonFlow, finish, on_device
 from cflow_fast.kernels.tuning_table import DecoderProblem
 from cflow_fast.kernels.weights import FlowWeights, mixing_kind
 
@@ -31,9 +32,10 @@ class TunedFlow:
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, _, height, width = features.shape
         flow: TritonFlow | TorchFlow = self.triton
-        if self.backend(batch * height * width) == "plain":
-            flow = self._ready(height, width, encoding) or flow
-        return flow.log_prob_map(features, encoding)
+        with on_device(features.device):  # the plain path launches Triton's kernels between its products
+            if self.backend(batch * height * width) == "plain":
+                flow = self._ready(height, width, encoding) or flow
+            return flow.log_prob_map(features, encoding)
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
         return self.triton.rows(z, condition, want_u)
@@ -68,7 +70,7 @@ class TunedFlow:
         with self._lock:
             plain = self._plain
             if plain is None or (encoding is not None and (height, width) not in plain.tables):
-                if self._in_capture():
+                if in_capture(self.weights.device):
                     return None
                 plain = plain or self.plain()
                 if encoding is not None:
@@ -76,6 +78,3 @@ class TunedFlow:
                 finish(self.weights.device)
                 self._plain = plain
             return plain
-
-    def _in_capture(self) -> bool:
-        return self.weights.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

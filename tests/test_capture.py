@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,9 +104,12 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
     @contextmanager
     def on(stream: Stream) -> Any:
+        before = len(card.current)
         card.current.append(stream)
-        yield
-        card.current.pop()
+        try:
+            yield
+        finally:
+            del card.current[before:]
 
     @contextmanager
     def record(graph: FakeGraph, stream: Stream, capture_error_mode: str) -> Any:
@@ -178,6 +182,26 @@ def test_every_side_stream_waits_for_the_caller_and_the_caller_for_every_side_st
     assert all(result.used_on == ["caller's"] for result in results)
 
 
+def test_a_side_stream_that_is_the_current_one_holds_up_no_other(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's streams are few and handed out in turn: nothing is waited for before everything is queued."""
+    current = card.current[-1]
+    monkeypatch.setattr(capture, "_streams", lambda device, count: [card.stream(), current])
+
+    def call(result: Any) -> Any:
+        card.log.append((card.current[-1].name, "run"))
+        return result
+
+    side_by_side([lambda: call(on_card(card, 1)), lambda: call(on_card(card, 1))], CARD)
+    assert card.log.index(("caller's", "run")) < card.log.index(("caller's", "wait for side 1"))
+
+
+def test_streams_are_made_once(card: Card, cache: GraphCache) -> None:
+    for size in (1, 2, 3):
+        cache(on_card(card, size))
+        side_by_side([lambda: on_card(card, 1), lambda: on_card(card, 1)], CARD)
+    assert card.streams == 3  # two beside each other, one to capture on
+
+
 def test_calls_on_a_cpu_run_in_order() -> None:
     assert side_by_side([lambda: torch.tensor(1), lambda: torch.tensor(2)], torch.device("cpu")) == [1, 2]
 
@@ -245,7 +269,94 @@ def test_where_capturing_fails_the_function_runs_as_it_is_and_says_so_once(card:
         warnings.simplefilter("error")
         (again,) = cache(on_card(card, 2))
     assert result.values.tolist() == again.values.tolist() == [2.0, 2.0]
-    assert [stream for stream, action in card.log if action == "run"][-2:] == ["caller's", "caller's"]
+    assert [stream for stream, action in card.log if action == "run"].count("caller's") == 2
+
+
+def test_a_capture_that_failed_is_tried_again_but_not_for_ever(card: Card, cache: GraphCache) -> None:
+    card.refuses_capture = True
+    with pytest.warns(UserWarning, match="running without one"):
+        cache(on_card(card, 2))
+    card.refuses_capture = False
+    cache(on_card(card, 2))
+    assert [action for _, action in card.log].count("replay") == 1
+    card.refuses_capture = True
+    for _ in range(capture.CAPTURE_ATTEMPTS + 2):
+        cache(on_card(card, 3))
+    card.refuses_capture = False
+    cache(on_card(card, 3))
+    assert [action for _, action in card.log].count("replay") == 1
+
+
+def test_a_failed_capture_leaves_the_callers_stream_and_tells_its_cause(
+    card: Card, cache: GraphCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.cuda.graph does when the end of a broken capture fails, too."""
+
+    @contextmanager
+    def broken(graph: FakeGraph, stream: Stream, capture_error_mode: str) -> Any:
+        card.current.append(stream)
+        try:
+            yield
+        finally:
+            raise RuntimeError("the capture was broken by a previous error")
+
+    def refused(x: OnCard) -> tuple[OnCard]:
+        if card.current[-1].name != "caller's" and len(calls) == capture.WARM_UP_CALLS:
+            raise RuntimeError("a copy from pageable memory cannot be captured")
+        calls.append(x)
+        return (x,)
+
+    calls: list[OnCard] = []
+    cache.function = refused  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    with pytest.warns(UserWarning, match="running without one: a copy from pageable memory cannot be captured"):
+        cache(on_card(card, 2))
+    assert card.current[-1].name == "caller's"
+
+
+def test_a_graph_made_in_inference_mode_can_be_written_to_outside_of_it(card: Card) -> None:
+    with torch.inference_mode():
+        graph = capture._Graph(lambda x: (2 * x,), (torch.ones(2),))
+    graph.inputs[0].copy_(torch.zeros(2))
+    assert not graph.outputs[0].is_inference()
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    [("torch.is_autocast_enabled", True), ("torch.get_float32_matmul_precision", "high")],
+    ids=["autocast", "tf32"],
+)
+def test_modes_that_change_what_an_operation_does_have_graphs_of_their_own(
+    mode: str, value: object, card: Card, cache: GraphCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache(on_card(card, 2))
+    monkeypatch.setattr(mode, lambda *device: value)
+    cache(on_card(card, 2))
+    assert len(cache._graphs) == 2
+
+
+def test_captures_of_several_threads_take_turns(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture begins by waiting for the whole card, which breaks one that is under way."""
+    under_way, most = 0, 0
+
+    def slow(x: OnCard) -> tuple[OnCard]:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        time.sleep(0.01)
+        under_way -= 1
+        return (x,)
+
+    made: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
+    inputs = (on_card(card, 2),)
+    threads = [threading.Thread(target=lambda: made.append(capture._Graph(slow, inputs))) for _ in range(4)]  # type: ignore[arg-type]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(made), most) == (4, 1)
 
 
 def test_inside_somebody_elses_capture_the_function_is_recorded_there(card: Card, cache: GraphCache) -> None:

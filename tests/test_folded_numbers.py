@@ -15,7 +15,8 @@ from cflow_fast import FlowDecoder, FoldedDecoder, ops
 from cflow_fast.kernels import torch_flow
 from cflow_fast.kernels.cpu_flow import CpuFlow
 from cflow_fast.kernels.cpu_library import Library, library, library_file
-from cflow_fast.kernels.torch_flow import MAX_TABLES, TorchFlow
+from cflow_fast.kernels.table_cache import MAX_TABLES
+from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.precision import cpu_has, multiplies_bf16
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cflow_fast import parity
 from cflow_fast.folding import cast_weights, fold_weights
-from cflow_fast.kernels import phases, triton_flow
+from cflow_fast.kernels import phases, table_cache, triton_flow
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import (
     SHARED_MEMORY,
@@ -240,11 +240,11 @@ def test_narrow_decoder_runs_whole_in_one_kernel(monkeypatch: pytest.MonkeyPatch
 
 
 def test_tables_of_few_sizes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_flow, "MAX_TABLES", 2)
+    monkeypatch.setattr(table_cache, "MAX_TABLES", 2)
     flows = Flows("hard", features=64, coupling_blocks=1)
     for width in (1, 2, 3):
         flows.log_prob(flows.maps(1, 1, width))
-    assert [size[:2] for size in flows.triton._tables] == [(1, 2), (1, 3)]
+    assert [(1, width, False) in flows.triton.tables for width in (1, 2, 3)] == [False, True, True]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -440,7 +440,7 @@ def test_nothing_is_made_inside_a_capture(calls: list[str], monkeypatch: pytest.
     flow, encoding = tuned_flow(), encoding_factors(CONDITION, *SIDES)
     maps = torch.randn(2, FEATURES, *SIDES)
     capturing = [True]
-    monkeypatch.setattr(TunedFlow, "_in_capture", lambda self: capturing[0])
+    monkeypatch.setattr("cflow_fast.kernels.tuned_flow.in_capture", lambda device: capturing[0])
     flow.log_prob_map(maps, encoding)
     capturing[0] = False
     flow.log_prob_map(maps, encoding)
