@@ -15,10 +15,11 @@ import pytest
 from report_results import CPU, GPU, row, run, timed
 
 from cflow_fast.bench.report import report
-from cflow_fast.bench.report.data import Source
+from cflow_fast.bench.report.data import Source, load
 from cflow_fast.bench.results import Row
 
 WIDTHS = (360, 1280)
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 MEASURE = """
@@ -82,25 +83,34 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         [Source("cpu.json", run(_rows("cpu", 3.7), CPU)), Source("gpu.json", run(_rows("cuda", 21000.0), GPU))]
     )
     dark = light.replace("prefers-color-scheme: dark", "min-width: 1px")
+    return _measured([light, dark], tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The same of the results that are kept with the project."""
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome found to lay the page out")
+    files = sorted(RESULTS.glob("*.json"))
+    page = report(load(files, skip=lambda reason: pytest.fail(reason)))
+    return _measured([page], tmp_path_factory.mktemp("stored"))
+
+
+def _measured(pages: list[str], folder: Path) -> list[dict[str, Any]]:
     frames = [
         f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page)}"></iframe>'
-        for page in (light, dark)
+        for page in pages
         for width in WIDTHS
     ]
-    folder = tmp_path_factory.mktemp("browser")
     harness = folder / "harness.html"
     harness.write_text(f"<!doctype html><body>{''.join(frames)}<script>{MEASURE}</script>", encoding="utf-8")
-    return _measured(harness, folder)
-
-
-def _measured(harness: Path, folder: Path) -> list[dict[str, Any]]:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
     command = [str(BROWSER), *flags, harness.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r"&lt;&lt;(.*)&gt;&gt;", done.stdout, re.DOTALL)
     assert found, done.stderr
     results: list[dict[str, Any]] = json.loads(html.unescape(found.group(1)))
-    assert [r["width"] for r in results] == [*WIDTHS, *WIDTHS]
+    assert [r["width"] for r in results] == [*WIDTHS] * len(pages)
     return results
 
 
@@ -114,6 +124,12 @@ def test_no_text_of_a_drawing_overlaps_another_or_leaves_it(layouts: list[dict[s
         assert layout["texts"] > 200
         assert layout["overlaps"] == []
         assert layout["outside"] == []
+
+
+def test_stored_results_fit_a_phone_and_overlap_nowhere(stored: list[dict[str, Any]]) -> None:
+    for layout in stored:
+        assert layout["scroll"] <= layout["width"]
+        assert (layout["overlaps"], layout["outside"]) == ([], [])
 
 
 def test_dark_mode_has_light_ink_on_dark_paper(layouts: list[dict[str, Any]]) -> None:
