@@ -17,8 +17,11 @@ from torch import Tensor
 from cflow_fast.bench import counting
 from cflow_fast.bench.baselines import SPADE, PaDiM, padim, spade
 from cflow_fast.bench.baselines.maps import NotEnoughMemoryError, encode, require_memory
-from cflow_fast.bench.measurement import Effort, Track, clock, matrix_rate, summarize, take_turns
+from cflow_fast.bench.contenders import is_installed
+from cflow_fast.bench.maps import eager_map
+from cflow_fast.bench.measurement import Effort, Track, clock, matmul_precision, matrix_rate, summarize, take_turns
 from cflow_fast.bench.paper import TABLE_6
+from cflow_fast.bench.peers import row_log_prob, rows_encoding
 from cflow_fast.bench.results import Row
 from cflow_fast.encoders import Encoder
 from cflow_fast.model import CFlowAD
@@ -127,7 +130,8 @@ def speed_rows(
 ) -> Iterator[Row]:
     """Images a second of the encoder alone and of every method whole, random weights, contenders taking turns.
 
-    An interruption is raised after the rows of the rounds that were finished by then.
+    SPADE, whose calls may take seconds, is timed after the others: it would leave them few rounds. An interruption is
+    raised after the rows of the rounds that were finished by then.
     """
     torch.manual_seed(seed)
     batch = BATCH.get(device.type, 1)
@@ -145,8 +149,10 @@ def speed_rows(
     with torch.no_grad():
         for track in tracks:
             _warm_up(track)
+        slow = [track for speed, track in zip(speeds, tracks, strict=True) if speed.contender == "spade"]
         try:
-            take_turns(tracks, clock(device), effort, on_round=on_round)
+            for some in ([track for track in tracks if track not in slow], slow):
+                take_turns(some, clock(device), effort, on_round=on_round)
         except KeyboardInterrupt as error:
             interrupted = error
     for speed, track in zip(speeds, tracks, strict=True):
@@ -168,8 +174,18 @@ def _cflow_speeds(name: str, size: int, images: Tensor) -> Iterator[Speed]:
     model.log_prob_max.zero_()  # a map needs maxima, and its time does not depend on them
     encoder = model.encoder
     yield Speed(
-        "encoder", "encoder only", "fp32", ("encoder", name), lambda: encode(encoder, images), _bytes_of(encoder)
+        "encoder",
+        "encoder only",
+        "fp32",
+        ("encoder", name),
+        _in_fp32(lambda: encode(encoder, images)),
+        _bytes_of(encoder),
     )
+    if is_installed("FrEIA"):
+        sequences = [decoder.to_freia().to(images.device).eval() for decoder in model.decoders]  # type: ignore[operator]
+        size_of_all = _bytes_of(encoder) + sum(map(_bytes_of, sequences))
+        label = "CFLOW-AD, FrEIA's modules on all rows, image to map"
+        yield Speed("freia", label, "fp32", ("cflow", name), _reference(model, sequences, images), size_of_all)
     for precision in dict.fromkeys(("fp32", resolve_precision("auto", images.device))):
         yield Speed(
             "cflow-fast",
@@ -181,11 +197,36 @@ def _cflow_speeds(name: str, size: int, images: Tensor) -> Iterator[Speed]:
         )
 
 
+def _reference(model: CFlowAD, sequences: Sequence[torch.nn.Module], images: Tensor) -> Callable[[], object]:
+    """The same weights by FrEIA in fp32, positional encodings made beforehand."""
+    encodings = [rows_encoding(model.options["condition"], maps) for maps in encode(model.encoder, images)]
+
+    def run() -> Tensor:
+        maps = zip(sequences, encode(model.encoder, images), encodings, strict=True)
+        log_probs = [row_log_prob(sequence, m, encoding) / m.shape[1] for sequence, m, encoding in maps]
+        return eager_map(log_probs, images.shape[2])
+
+    return _in_fp32(run)
+
+
 def _with_precision(model: CFlowAD, precision: str, images: Tensor) -> Callable[[], Tensor]:
-    """The same model in another precision: decoders are folded once, at the first call."""
+    """The same model in another precision, its encoder in bf16 beside bf16; decoders are folded at the first call."""
     other = copy.deepcopy(model)
-    other.precision = precision
-    return lambda: other(images)
+    other.precision, other.encoder_precision = precision, "bf16" if precision == "bf16" else "fp32"
+
+    def run() -> Tensor:
+        with matmul_precision(precision):
+            return other(images)
+
+    return run
+
+
+def _in_fp32(run: Callable[[], object]) -> Callable[[], object]:
+    def in_fp32() -> object:
+        with matmul_precision("fp32"):
+            return run()
+
+    return in_fp32
 
 
 def _padim_speed(name: str, size: int, images: Tensor) -> Speed | Row | None:
@@ -205,7 +246,7 @@ def _padim_speed(name: str, size: int, images: Tensor) -> Speed | Row | None:
         "PaDiM, image to map",
         "fp32",
         ("padim", name),
-        lambda: method.anomaly_map(images),
+        _in_fp32(lambda: method.anomaly_map(images)),
         method.model_bytes,
     )
 
@@ -232,7 +273,7 @@ def _spade_speed(name: str, size: int, images: Tensor) -> Speed | Row | None:
         "SPADE, image to map",
         "fp32",
         ("spade", name),
-        lambda: method.anomaly_map(images),
+        _in_fp32(lambda: method.anomaly_map(images)),
         method.model_bytes,
         note=f"a gallery of {spade.NEIGHBOURS} images",
     )

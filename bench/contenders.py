@@ -36,13 +36,14 @@ class Built:
     """A contender ready to run on one case.
 
     `log_probs` takes feature maps [(B, D, H, W), ...] of the case's shapes to this contender's log p / D [(B, H, W),
-    ...]; None for what has no likelihood.
+    ...]; None for what has no likelihood. `from_images` makes the log p / D of a whole model's own images.
     """
 
     run: Run
     log_probs: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
     model_bytes: int | None = None
     note: str = ""
+    from_images: Callable[[], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class eager_precision(AbstractContextManager[None]):  # noqa: N801  a context ma
         self.stack.enter_context(torch.no_grad())
         self.stack.enter_context(matmul_precision(self.precision))
         if self.precision == "bf16":
-            self.stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
+            self.stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()

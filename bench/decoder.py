@@ -17,7 +17,7 @@ from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
 from cflow_fast.kernels.capture import GraphCache, side_by_side
 from cflow_fast.kernels.products import MatmulProducts, OneDnnProducts, product_families
-from cflow_fast.kernels.torch_flow import CPU_CHUNK_ROWS, TorchFlow
+from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.positional import encoding_factors
 
 FOLDED_KEPT = 24
@@ -58,14 +58,16 @@ def products_alone(work: Decoders, precision: str) -> Built:
         folded = _folded(decoder, precision)
         operands, rows = folded.arithmetic.operands, features[:, 0].numel()
         packed = ops.onednn_is_faster(decoder.device, operands)
-        products = TorchFlow(folded.weights, operands, packed, state=operands).products
-        for start in range(0, rows, CPU_CHUNK_ROWS):
-            runs += _products(products, min(CPU_CHUNK_ROWS, rows - start))
+        flow = TorchFlow(folded.weights, operands, packed, state=operands)
+        chunk = flow.chunk_rows(decoder.device)
+        for start in range(0, rows, chunk):
+            runs += _products(flow.products, min(chunk, rows - start))
 
     @torch.no_grad()
     def run() -> None:
-        for product in runs:
-            product()
+        with matmul_precision(precision):
+            for product in runs:
+                product()
 
     return Built(run, None, note="no likelihoods: a floor")
 
@@ -73,12 +75,13 @@ def products_alone(work: Decoders, precision: str) -> Built:
 def _products(products: MatmulProducts | OneDnnProducts, rows: int) -> list[Callable[[], object]]:
     """Those of one pass; the last block mixes nothing, and the condition is in tables."""
     runs: list[Callable[[], object]] = []
+    device, dtype = products.weights.device, products.operand_dtype
     for name, family in product_families(products.weights).items():
         count, _, inputs = family.matrix.shape
         if name in ("w1_condition", "passive_output"):
             continue
-        x = torch.randn((rows, inputs) if products.feature_dim else (inputs, rows)).to(products.operand_dtype)
-        bias = torch.randn((rows, family.matrix.shape[1])).to(products.operand_dtype) if name == "w1" else None
+        x = torch.randn((rows, inputs) if products.feature_dim else (inputs, rows)).to(device, dtype)
+        bias = torch.randn((rows, family.matrix.shape[1])).to(device, dtype) if name == "w1" else None
         bias = bias if bias is None or products.feature_dim else bias.t().contiguous()
         for block in range(count - (name == "output")):
             runs.append(partial(products.product, name, block, x, add=bias))
@@ -117,6 +120,7 @@ CONTENDERS = registry(
     Contender(FLOOR, products_alone),
     Contender("freia", peers.freia, ("FrEIA",)),
     Contender("freia-compile", peers.freia_compile, ("FrEIA",)),
+    Contender("freia-compile-graphs", peers.freia_compile_graphs, ("FrEIA",)),
     Contender("cflow-ad-loop", peers.cflow_ad_loop, ("FrEIA",)),
     Contender("cflow-ad-loop-lists", peers.cflow_ad_loop_lists, ("FrEIA",)),
     Contender("anomalib", peers.anomalib_decoders, ("anomalib", "FrEIA")),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cflow_fast import parity
 from cflow_fast.bench import peers
 from cflow_fast.bench.baselines import SPADE, PaDiM
 from cflow_fast.bench.baselines import spade as spade_costs
@@ -26,6 +28,7 @@ from cflow_fast.bench.contenders import (
 from cflow_fast.bench.decoder import folded_log_probs
 from cflow_fast.bench.maps import eager_map, lists_map
 from cflow_fast.bench.measurement import matmul_precision, matrix_rate
+from cflow_fast.bench.yardstick import Judge, Judgement
 from cflow_fast.encoders import Encoder, calibrate_batch_norm
 from cflow_fast.model import CFlowAD
 
@@ -59,6 +62,10 @@ class ModelCase(DecoderCase):
         model.log_prob_max.zero_()  # a map needs maxima, and its time does not depend on them
         return ModelWork(self.decoders(), features, model, images)
 
+    def yardstick(self, work: Any) -> Judge | None:
+        decoders = super().yardstick(work)
+        return decoders and ModelYardstick(decoders, work)
+
 
 @dataclass(frozen=True)
 class ModelWork(Decoders):
@@ -72,6 +79,53 @@ class ModelWork(Decoders):
         return self.images.shape[2]
 
 
+JUDGED_IMAGES = 2
+"""In float64 an encoder and its decoders take seconds an image."""
+IMAGE_RMS_RATIO = 1.5
+"""Of log p / D made from images, over that of FrEIA behind timm's encoder in the same precision."""
+
+
+class ModelYardstick:
+    """The decoders' yardstick, and beyond it what encoder and decoders together make of images, against float64."""
+
+    def __init__(self, decoders: Judge, work: ModelWork) -> None:
+        self.decoders, self.work = decoders, work
+        self._losses: dict[str, float] = {}
+
+    def judge(self, contender: str, precision: str, built: Built) -> Judgement | None:
+        """The decoders' judgement, turned red where the images' log p / D are farther from float64 than they may be."""
+        found = self.decoders.judge(contender, precision, built)
+        if found is None or built.from_images is None:
+            return found
+        ratio = self._rms(built.from_images) / self._loss(precision)
+        if ratio <= IMAGE_RMS_RATIO:
+            return found
+        failure = f"RMS / FrEIA's from images is {ratio:.3g}, over {IMAGE_RMS_RATIO}"
+        return replace(found, parity=False, failures="; ".join(filter(None, [found.failures, failure])))
+
+    def _loss(self, precision: str) -> float:
+        """Of FrEIA behind timm's encoder."""
+        kind = parity.yardstick_of(precision, self.work.device)
+        if kind not in self._losses:
+            theirs = _with_encoder(self.work, kind, Built(lambda: None), self.work.reference, self.work.model.encoder)
+            assert theirs.from_images is not None
+            self._losses[kind] = self._rms(theirs.from_images)
+        return self._losses[kind]
+
+    def _rms(self, from_images: Callable[[], list[Tensor]]) -> float:
+        found = torch.cat([x[:JUDGED_IMAGES].flatten() for x in from_images()])
+        return (found.double() - self.exact).square().mean().sqrt().item()
+
+    @cached_property
+    @torch.no_grad()
+    def exact(self) -> Tensor:
+        encoder = copy.deepcopy(self.work.model.encoder).double()
+        features = _encode(encoder, self.work.images[:JUDGED_IMAGES].double())
+        decoders = [copy.deepcopy(decoder).double() for decoder in self.work.decoders]
+        log_probs = [d.log_prob(f) / d.features for d, f in zip(decoders, features, strict=True)]
+        return torch.cat([log_prob.flatten() for log_prob in log_probs])
+
+
 def ours(work: ModelWork, precision: str) -> Built:
     """This package's model; beside bf16 decoders its encoder is in bf16 too, as the peers' is by autocast."""
     model = copy.copy(work.model)
@@ -82,8 +136,13 @@ def ours(work: ModelWork, precision: str) -> Built:
         with matmul_precision(precision):
             return model(work.images)
 
+    def from_images() -> list[Tensor]:
+        with matmul_precision(precision):
+            return model.log_probs(work.images)
+
     decoders = model.folded()
-    return Built(run, folded_log_probs(decoders), module_bytes([model.encoder, *decoders]))
+    size = module_bytes([model.encoder, *decoders])
+    return Built(run, folded_log_probs(decoders), size, from_images=from_images)
 
 
 def freia(work: ModelWork, precision: str) -> Built:
@@ -93,7 +152,16 @@ def freia(work: ModelWork, precision: str) -> Built:
 
 def freia_compile(work: ModelWork, precision: str) -> Built:
     """The same, encoder and FrEIA's modules under torch.compile."""
-    encoder, *sequences = peers.compiled([work.model.encoder, *work.reference])
+    return _compiled(work, precision, peers.compiled([work.model.encoder, *work.reference]))
+
+
+def freia_compile_graphs(work: ModelWork, precision: str) -> Built:
+    """The same in CUDA graphs, as torch.compile's mode "reduce-overhead" makes them."""
+    return _compiled(work, precision, peers.compiled_in_graphs([work.model.encoder, *work.reference], work.device))
+
+
+def _compiled(work: ModelWork, precision: str, modules: Sequence[Any]) -> Built:
+    encoder, *sequences = modules
     built = _with_encoder(work, precision, peers.freia(work, precision), sequences, encoder)
     peers.compile_now(built.run)
     return built
@@ -104,12 +172,20 @@ def _with_encoder(
 ) -> Built:
     encodings = [peers.rows_encoding(d.condition, f) for d, f in zip(work.decoders, work.features, strict=True)]
 
+    def log_probs() -> list[Tensor]:
+        maps = zip(sequences, _encode(encoder, work.images), encodings, strict=True)
+        return [peers.row_log_prob(s, f, c) / f.shape[1] for s, f, c in maps]
+
     def run() -> Tensor:
         with eager_precision(precision, work.device):
-            maps = zip(sequences, _encode(encoder, work.images), encodings, strict=True)
-            return eager_map([peers.row_log_prob(s, f, c) / f.shape[1] for s, f, c in maps], work.size)
+            return eager_map(log_probs(), work.size)
 
-    return Built(run, decoders.log_probs, module_bytes([work.model.encoder, *work.reference]))
+    def from_images() -> list[Tensor]:
+        with eager_precision(precision, work.device):
+            return log_probs()
+
+    size = module_bytes([work.model.encoder, *work.reference])
+    return Built(run, decoders.log_probs, size, from_images=from_images)
 
 
 @torch.no_grad()
@@ -229,6 +305,7 @@ CONTENDERS = registry(
     Contender(OURS, ours),
     Contender("freia", freia, ("FrEIA",)),
     Contender("freia-compile", freia_compile, ("FrEIA",)),
+    Contender("freia-compile-graphs", freia_compile_graphs, ("FrEIA",)),
     Contender("cflow-ad-loop", cflow_ad_loop, ("FrEIA",)),
     Contender("cflow-ad-loop-lists", cflow_ad_loop_lists, ("FrEIA",)),
     Contender("anomalib", anomalib, ("anomalib", "FrEIA")),

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from cflow_fast.anomaly import anomaly_map
 from cflow_fast.bench.contenders import OURS
 from cflow_fast.bench.measurement import Effort, Track, clock, summarize, take_turns
 from cflow_fast.bench.results import Row
+from cflow_fast.datasets import load_images
+from cflow_fast.errors import DataError
 from cflow_fast.files import atomic_path
 from cflow_fast.images import as_rgb, read_image, resize, to_tensor
 from cflow_fast.model import CFlowAD
@@ -86,6 +88,21 @@ def predict_in_stages(
     return writer
 
 
+@torch.no_grad()
+def predict_at_once(model: CFlowAD, paths: Sequence[Path], output: Path, batch_size: int) -> None:
+    """The same as the command runs it: nothing is waited for in between, on a card the model is one CUDA graph."""
+    writer = ResultWriter(output, model)
+    for batch in load_images(paths, model.image_size, batch_size, on_skip=_refuse):
+        predictions = model.predict_resized(batch.images, batch.original_sizes)
+        for index, prediction in zip(batch.indices, predictions, strict=True):
+            writer.add(paths[index], read_image(paths[index]), prediction)
+    writer.finish()
+
+
+def _refuse(path: Path, reason: str) -> None:
+    raise DataError(reason)
+
+
 def stage_rows(
     model: CFlowAD,
     paths: Sequence[Path],
@@ -95,7 +112,9 @@ def stage_rows(
 ) -> list[Row]:
     """A row for each stage and one for the whole, in seconds of a pass through all images.
 
-    A stage's share is that of each pass's own time, averaged over the passes, so that shares add up.
+    A stage's share is that of each pass's own time, averaged over the passes, so that shares add up. Passes that are
+    not cut into stages are timed in turn with them; the whole's row has their time too, as
+    `uncut_milliseconds_per_image`.
     """
     passes: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -105,17 +124,23 @@ def stage_rows(
             predict_in_stages(model, paths, Path(folder), batch_size, watch)
             passes.append(watch.spent)
 
+        track = Track(run)
+        uncut = Track(lambda: predict_at_once(model, paths, Path(folder), batch_size))
+        uncut.run()
         run()
         passes.clear()
-        track = Track(run)
         interrupted: KeyboardInterrupt | None = None
         try:
-            take_turns([track], clock(model.device), effort, on_round=on_round)
+            take_turns([track, uncut], clock(model.device), effort, on_round=on_round)
         except KeyboardInterrupt as interruption:
             interrupted = interruption
-    if track.error is not None:
-        raise track.error
+    for each in (track, uncut):
+        if each.error is not None:
+            raise each.error
     rows = _rows(model, len(paths), batch_size, passes[: len(track.seconds)], track.seconds)
+    if rows:
+        milliseconds = 1e3 * summarize(uncut.seconds).median / len(paths)
+        rows[-1] = replace(rows[-1], extra=rows[-1].extra | {"uncut_milliseconds_per_image": milliseconds})
     if interrupted is not None:
         raise StagesInterrupted(rows) from interrupted
     return rows

@@ -36,7 +36,8 @@ def test_decoders_against_freia(measure: Callable[..., Row], permutations: str, 
     if precision == "bf16" and not multiplies_bf16(torch.device("cpu")):
         pytest.skip("this CPU does not multiply bf16: such decoders run in fp32")
     case = replace(CASE, batch=batch, permutations=permutations)
-    row = measure(case, CONTENDERS, "freia", precision, beside=[PLAIN, FLOOR])
+    peers = ["freia-compile"] if precision == "fp32" else ["freia", "freia-compile"]
+    row = measure(case, CONTENDERS, "freia", precision, beside=[PLAIN, FLOOR, *peers])
     assert row.speedup is not None
     over_the_floor = 1 / row.extra["speedups"][f"{FLOOR} {precision}"]["median"]
     beside = f"it takes {over_the_floor:.2f} times as long as PyTorch's matrix products alone"

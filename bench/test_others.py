@@ -15,4 +15,4 @@ def test_map_against_eager(measure: Callable[..., Row]) -> None:
 
 def test_training_against_the_published_steps(measure: Callable[..., Row]) -> None:
     case = training.TrainingCase("resnet18", ENCODERS["resnet18"], 256, 2, "soft")
-    measure(case, training.CONTENDERS, "cflow-ad-loop")
+    measure(case, training.CONTENDERS, "cflow-ad-loop", beside=["freia"])

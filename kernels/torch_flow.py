@@ -62,7 +62,7 @@ class TorchFlow:
         """
         batch, _, height, width = features.shape
         log_prob = torch.empty(batch * height * width, dtype=self.weights.state_dtype, device=features.device)
-        lines = max(1, self._chunk_rows(features.device) // max(width, 1))
+        lines = max(1, self.chunk_rows(features.device) // max(width, 1))
         tables = None if encoding is None else self._tables_for(height, width, encoding)
         for start in range(0, batch * height, lines):
             stop = min(start + lines, batch * height)
@@ -73,7 +73,7 @@ class TorchFlow:
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
         """Loose feature vectors (N, D) with a condition (N, C) each; u comes back as (N, D)."""
-        chunk = self._chunk_rows(z.device)
+        chunk = self.chunk_rows(z.device)
         parts = [
             self._rows_chunk(z[i : i + chunk], None if condition is None else condition[i : i + chunk], want_u)
             for i in range(0, max(len(z), 1), chunk)
@@ -113,7 +113,8 @@ class TorchFlow:
     def _tables_for(self, height: int, width: int, encoding: tuple[Tensor, Tensor]) -> PositionalTables:
         return self.tables.get((height, width), lambda: positional_tables(self.weights, encoding, self.operand_dtype))
 
-    def _chunk_rows(self, device: torch.device) -> int:
+    def chunk_rows(self, device: torch.device) -> int:
+        """How many are worked on at once."""
         return CPU_CHUNK_ROWS if device.type == "cpu" else GPU_CHUNK_ROWS
 
 

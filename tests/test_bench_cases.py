@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from cflow_fast.bench import decoder as decoders
 from cflow_fast.bench import end_to_end, maps, peers, training
 from cflow_fast.bench.cases import ENCODERS, DecoderCase, Scales, decoder_flop, grid, scales_of
-from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, is_installed
+from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, UnavailableError, is_installed
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.maps import MapCase, MapWork
 from cflow_fast.bench.yardstick import Yardstick
 from cflow_fast.encoders import Encoder
 from cflow_fast.errors import EncoderError
 from cflow_fast.kernels.products import MatmulProducts, OneDnnProducts
+from cflow_fast.kernels.torch_flow import TorchFlow
+from cflow_fast.kernels.weights import FlowWeights
 
 CASE = DecoderCase("tiny", Scales((16, 24), (8, 16)), 136, 2, "soft", coupling_blocks=2, condition=8)
-EAGER = [name for name in CONTENDERS if name not in (OURS, FLOOR, "freia-compile")]
+EAGER = [name for name in CONTENDERS if name not in (OURS, FLOOR, "freia-compile", "freia-compile-graphs")]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -160,6 +164,49 @@ def test_whole_models_of_all_contenders_give_maps_of_the_images_size() -> None:
     for name in (OURS, "freia", "cflow-ad-loop-lists"):
         result = end_to_end.CONTENDERS[name].build(work, "fp32").run()
         assert tuple(result.shape) == (2, 64, 64), name  # type: ignore[attr-defined]
+
+
+MODEL_CASE = end_to_end.ModelCase("resnet18", ENCODERS["resnet18"], 64, 2, "hard", coupling_blocks=2, condition=8)
+
+
+@pytest.mark.parametrize("name", [OURS, "freia"])
+def test_whole_models_are_judged_from_images(name: str) -> None:
+    work = MODEL_CASE.work()
+    built = end_to_end.CONTENDERS[name].build(work, "fp32")
+    judged = MODEL_CASE.yardstick(work).judge(name, "fp32", built)  # type: ignore[union-attr]
+    assert judged is not None
+    assert judged.parity, judged.failures
+    assert built.from_images is not None
+    assert [tuple(x.shape) for x in built.from_images()] == [tuple(f[:, 0].shape) for f in work.features]
+
+
+def test_a_wrong_encoder_is_found_though_the_decoders_are_right() -> None:
+    work = MODEL_CASE.work()
+    other = copy.deepcopy(work.model)
+    with torch.no_grad():
+        next(other.encoder.parameters()).mul_(1 + 1e-4)
+    built = end_to_end.ours(replace(work, model=other), "fp32")
+    judged = MODEL_CASE.yardstick(work).judge(OURS, "fp32", built)  # type: ignore[union-attr]
+    assert judged is not None
+    assert not judged.parity
+    assert "from images" in judged.failures
+
+
+def test_compiled_graphs_need_a_card() -> None:
+    for contenders, case in ((CONTENDERS, CASE), (end_to_end.CONTENDERS, MODEL_CASE)):
+        with pytest.raises(UnavailableError, match="no CUDA graphs on cpu"):
+            contenders["freia-compile-graphs"].build(case.work(), "fp32")  # type: ignore[attr-defined]
+
+
+def test_the_floors_tensors_lie_where_the_decoders_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = CASE.work()
+    flow = TorchFlow(work.decoders[0].fold("fp32").weights, torch.float32, packed=False)
+    seen = []
+    monkeypatch.setattr(MatmulProducts, "product", lambda self, name, block, x, add=None: seen.extend([x, add]))
+    monkeypatch.setattr(FlowWeights, "device", torch.device("meta"))
+    for run in decoders._products(flow.products, 8):
+        run()
+    assert {x.device.type for x in seen if x is not None} == {"meta"}
 
 
 def test_grid_puts_cases_that_share_their_decoders_next_to_each_other() -> None:

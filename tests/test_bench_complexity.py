@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from cflow_fast.cli.bench_complexity import complexity
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.encoders import Encoder
 from cflow_fast.errors import CFlowFastError, EncoderError
+from cflow_fast.model import CFlowAD
 from cflow_fast.precision import multiplies_bf16
 
 CPU = torch.device("cpu")
@@ -113,7 +117,7 @@ def test_spades_cost_grows_with_the_square_of_its_positions_and_padims_with_thei
 
 def test_speeds_are_measured_for_every_method() -> None:
     rows = list(bench.speed_rows("resnet18", 64, CPU, effort=QUICK))
-    assert [row.contender for row in rows] == ["encoder", *OURS, "padim", "spade"]
+    assert [row.contender for row in rows] == ["encoder", "freia", *OURS, "padim", "spade"]
     assert [row.precision for row in rows if row.contender == "cflow-fast"] == PRECISIONS
     for row in rows:
         assert row.status == "ok"
@@ -121,6 +125,35 @@ def test_speeds_are_measured_for_every_method() -> None:
         assert row.images_per_second == pytest.approx(1 / row.seconds.median)
         assert row.extra["paper_fps"] is None  # there are none at 64 px
     assert paper.TABLE_6["cflow", "wide_resnet50_2"].fps(256) == 27
+
+
+def test_the_encoder_computes_in_the_rows_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "resolve_precision", lambda precision, device: "bf16")
+    seen = []
+    with_precision = bench._with_precision
+
+    def noted(model: CFlowAD, precision: str, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+        run = with_precision(model, precision, images)
+        other = inspect.getclosurevars(run).nonlocals["other"]
+        seen.append((precision, other.precision, other.encoder_precision))
+        return run
+
+    monkeypatch.setattr(bench, "_with_precision", noted)
+    list(bench._cflow_speeds("resnet18", 64, torch.zeros(1, 3, 64, 64)))
+    assert seen == [("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16")]
+
+
+def test_slow_methods_do_not_take_rounds_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    turns = bench.take_turns
+
+    def noted(tracks: Any, *arguments: Any, **options: Any) -> None:
+        together.append(len(tracks))
+        turns(tracks, *arguments, **options)
+
+    monkeypatch.setattr(bench, "take_turns", noted)
+    rows = list(bench.speed_rows("resnet18", 64, CPU, effort=QUICK))
+    assert together == [len(rows) - 1, 1]
 
 
 def test_what_takes_too_long_or_too_much_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +175,7 @@ def test_an_interruption_keeps_the_rounds_that_were_finished(monkeypatch: pytest
     rows: list[Row] = []
     with pytest.raises(KeyboardInterrupt):
         rows.extend(bench.speed_rows("mobilenetv3_large_100", 64, CPU, effort=QUICK, on_round=interrupt))
-    assert [row.contender for row in rows] == ["encoder", *OURS]
+    assert [row.contender for row in rows] == ["encoder", "freia", *OURS]
     assert all(row.seconds is not None and row.seconds.rounds == 1 for row in rows)
 
 

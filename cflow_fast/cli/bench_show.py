@@ -96,7 +96,9 @@ def _stage_table(rows: Sequence[Row]) -> Table:
     if rows:
         total = next((row for row in rows if row.axes["stage"] == "total"), rows[-1])
         parts = sum(row.extra["share"] for row in rows if row is not total)
-        table.caption = f"the stages add up to {parts:.1%}"
+        uncut = total.extra.get("uncut_milliseconds_per_image")
+        beside = "" if uncut is None else f"; not cut into stages, predict takes {uncut:.1f} ms an image"
+        table.caption = f"the stages add up to {parts:.1%}{beside}"
     return table
 
 
