@@ -7,6 +7,7 @@ are the abstract's. They are the best epoch on the test set, at an image size ch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MISSING = "not found"
@@ -39,11 +40,11 @@ class ClassRow:
         """With WideResNet-50."""
         return {"cflow-fast": self.cflow, "padim": self.padim, "spade": self.spade}
 
-    def figures(self, method: str, encoder: str) -> Accuracy:
-        """With WideResNet-50, but CFLOW-AD's with ResNet-18 for that encoder."""
+    def figures(self, method: str, encoder: str) -> Accuracy | None:
+        """With WideResNet-50, but CFLOW-AD's with ResNet-18 for that encoder. None: the paper has no such method."""
         if method == "cflow-fast" and encoder.startswith("resnet18"):
             return self.cflow_resnet18
-        return self.by_method[method]
+        return self.by_method.get(method)
 
 
 @dataclass(frozen=True)
@@ -121,3 +122,13 @@ BEST_EPOCH = (
     "The paper's figures are the best epoch on the test set, at an image size chosen for each class; "
     "ours are the last step, at one size."
 )
+
+
+def conditions(categories: Iterable[str]) -> str:
+    """The encoders of Table 3's figures and each category's image size; what it lacks is not found."""
+    known = [name for name in dict.fromkeys(categories) if name in TABLE_3]
+    if not known:
+        return f"the paper's figures: {MISSING} for this category"
+    sizes = ", ".join(f"{TABLE_3[name].size} px ({name})" for name in known)
+    encoders = "with WideResNet-50, but CFLOW-AD's with ResNet-18 beside ResNet-18"
+    return f"the paper's figures are {encoders}; its CFLOW-AD at {sizes}"

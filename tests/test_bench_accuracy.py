@@ -70,7 +70,8 @@ def test_a_paper_category_has_the_papers_figures_beside_it(
     path = tmp_path / "out.json"
     result = run(accuracy, bottle, "--runs", 4, "--device", "cpu", "--json", path)
     text = " ".join(result.output.split())
-    assert "CFLOW-AD at 512 px" in text
+    assert paper.conditions(["bottle"]) in text
+    assert "CFLOW-AD at 512 px (bottle)" in text
     assert all(figure in text for figure in ("98.98", "96.80", "98.30", "94.80", "98.40", "95.50"))
     assert read_results(path).command == "cflow-fast bench accuracy bottle --runs 4"
     assert read_results(path).rows[0].extra["seeds"] == [0, 1, 2, 3]
@@ -149,9 +150,10 @@ def test_the_papers_figures_average_to_its_abstract() -> None:
     averages = [statistics.fmean(getattr(row.cflow, name) for row in rows) for name in bench.METRICS]
     assert averages == pytest.approx([98.26, 98.62, 94.60], abs=0.01)
     bottle = paper.TABLE_3["bottle"]
-    assert bottle.figures("padim", "resnet18").pixel_auroc == 98.3
-    assert bottle.figures("cflow-fast", "resnet18").pixel_auroc == 98.64
-    assert bottle.figures("cflow-fast", "wide_resnet50_2").pixel_auroc == 98.98
+    assert bottle.figures("padim", "resnet18") == bottle.padim
+    assert bottle.figures("cflow-fast", "resnet18") == paper.Accuracy(100.0, 98.64, None)
+    assert bottle.figures("cflow-fast", "wide_resnet50_2") == paper.Accuracy(100.0, 98.98, 96.80)
+    assert bottle.figures("patchcore", "wide_resnet50_2") is None
 
 
 def test_the_papers_taps_are_the_baselines(category: Path) -> None:

@@ -12,9 +12,11 @@ from click.testing import CliRunner
 from report_page import Drawing, Page
 from report_results import CPU, GPU, row, run, timed
 
+from cflow_fast.bench import paper
 from cflow_fast.bench.report import load, report, throughput_figure
-from cflow_fast.bench.report.data import Source
-from cflow_fast.bench.results import FORMAT, Results, Speedup, write_results
+from cflow_fast.bench.report.data import Source, measured
+from cflow_fast.bench.report.tables import table_sections
+from cflow_fast.bench.results import FORMAT, Results, Row, Speedup, write_results
 from cflow_fast.cli.bench_report import report as report_command
 from cflow_fast.errors import CFlowFastError
 
@@ -191,20 +193,46 @@ def test_the_paper_s_figure_has_its_own_mark_beside_ours_and_stands_where_ours_w
     assert own[0] - max(papers)[0] == pytest.approx(octave, abs=0.3)
 
 
-def test_accuracy_stands_beside_the_paper_s() -> None:
+def _accuracy(contender: str, encoder: str, category: str = "bottle") -> Row:
     measured = {"image_auroc": 0.9812, "image_auroc_deviation": 0.0034, "pixel_auroc": 0.975, "aupro": None}
-    plain = row("cflow-fast", "fp32", 1, "cpu", extra=measured)
-    accuracy = replace(plain, bench="accuracy", axes={"category": "bottle"})
-    text = _page(run([accuracy], CPU)).sections["accuracy"]
-    for expected in (
-        "0.9812 ± 0.0034",
-        "0.975",
-        "0.9898",
-        "0.9680",
-        "not measured: AUPRO",
-        "best epoch",
-    ):
+    axes: dict[str, str | int | float | bool] = {"category": category, "encoder": encoder, "size": 256}
+    plain = row(contender, "fp32", 1, "cpu", extra=measured)
+    return replace(plain, bench="accuracy", axes=axes, case=f"{category}, {encoder}, 256 px")
+
+
+def test_accuracy_stands_beside_the_paper_s() -> None:
+    text = _page(run([_accuracy("cflow-fast", "wide_resnet50_2")], CPU)).sections["accuracy"]
+    for expected in ("0.9812 ± 0.0034", "0.975", "1.0000", "0.9898", "0.9680", "not measured: AUPRO"):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("contender", "encoder", "figures"),
+    [
+        ("cflow-fast", "wide_resnet50_2", ["1.0000", "0.9898", "0.9680"]),
+        ("cflow-fast", "resnet18", ["1.0000", "0.9864", "not found"]),
+        ("padim", "resnet18", ["not found", "0.9830", "0.9480"]),
+        ("patchcore", "wide_resnet50_2", ["not found"] * 3),
+    ],
+)
+def test_the_paper_s_accuracy_is_that_of_the_row_s_method_and_encoder(
+    contender: str, encoder: str, figures: list[str]
+) -> None:
+    (section,) = table_sections(measured([Source("a.json", run([_accuracy(contender, encoder)], CPU))])[0])
+    (table,) = section.tables
+    (line,) = table.rows
+    assert [cell for name, cell in zip(table.head, line, strict=True) if name.startswith("paper ")] == figures
+
+
+def test_accuracy_says_of_the_paper_s_figures_what_the_command_says() -> None:
+    rows = [_accuracy("cflow-fast", "resnet18", category) for category in ("bottle", "zipper")]
+    text = " ".join(_page(run(rows, CPU)).sections["accuracy"].split())
+    assert paper.BEST_EPOCH in text
+    assert paper.conditions(["bottle", "zipper"])[1:] in text
+    assert "with WideResNet-50, but CFLOW-AD's with ResNet-18 beside ResNet-18" in text
+    assert "512 px (bottle), 512 px (zipper)" in text
+    elsewhere = _page(run([_accuracy("cflow-fast", "resnet18", "cloth")], CPU)).sections["accuracy"]
+    assert "The paper's figures: not found for this category." in elsewhere
 
 
 def test_stages_stand_one_after_the_other_up_to_the_whole() -> None:

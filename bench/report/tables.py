@@ -12,7 +12,7 @@ from cflow_fast.bench.report.sections import NOTE, Column, Section, Table, table
 from cflow_fast.bench.results import BENCHES
 
 TEXTS = {
-    "accuracy": f"Detection and localisation on the test images, mean ± deviation over the runs. {paper.BEST_EPOCH}",
+    "accuracy": "Detection and localisation on the test images, mean ± deviation over the runs.",
     "ablation": "What each choice of the recipe costs and gives, one changed at a time.",
 }
 
@@ -27,7 +27,8 @@ def table_sections(rows: Sequence[Measured]) -> Iterator[Section]:
             title, columns = words.bench_title(bench), [*extra_columns(own), *MEASURED]
             columns[len(METRICS) : len(METRICS)] = map(_published, METRICS) if bench == "accuracy" else []
             anchor = bench if bench in TEXTS else f"table-{number_of_table}"
-            yield Section(anchor, title, text, own, [], [table(title, own, columns)])
+            about = f"{text} {_about_the_paper(own)}" if bench == "accuracy" else text
+            yield Section(anchor, title, about, own, [], [table(title, own, columns)])
 
 
 def problem_section(rows: Sequence[Measured]) -> Section | None:
@@ -76,15 +77,21 @@ DEVIATION = "_deviation"
 
 
 def _published(metric: str) -> Column:
-    """The paper's figure of the row's category and method (Table 3), as a fraction."""
+    """The paper's figure of the row's category, method and encoder (Table 3), as a fraction."""
 
     def show(m: Measured) -> str:
         category = paper.TABLE_3.get(str(m.row.axes.get("category")))
-        figures = category.by_method.get(m.row.contender) if category else None
+        figures = category.figures(m.row.contender, str(m.row.axes.get("encoder"))) if category else None
         percent = getattr(figures, metric) if figures else None
-        return words.NOT_MEASURED if percent is None else f"{percent / 100:.4f}"
+        return paper.MISSING if percent is None else f"{percent / 100:.4f}"
 
     return f"paper {_title(metric)}", show
+
+
+def _about_the_paper(rows: Sequence[Measured]) -> str:
+    """As the command says it below its table."""
+    conditions = paper.conditions(str(m.row.axes.get("category")) for m in rows)
+    return f"{paper.BEST_EPOCH} {conditions[0].upper()}{conditions[1:]}."
 
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")

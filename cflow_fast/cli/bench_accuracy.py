@@ -185,24 +185,19 @@ def table(rows: Sequence[Row], category: str) -> Table:
             number(row.extra.get("fit_seconds")),
             number(None if row.model_bytes is None else row.model_bytes / MEGABYTE),
         )
-    result.caption = _caption(rows, published)
+    result.caption = _caption(rows, category)
     return result
 
 
-def _caption(rows: Sequence[Row], published: paper.ClassRow | None) -> str:
+def _caption(rows: Sequence[Row], category: str) -> str:
     lines = ["an image's score is its map's maximum"]
     for row in rows:
         if row.extra.get("neighbour_auroc") is not None:
             own = _percent(row, "neighbour_auroc")
             lines.append(f"SPADE's image AUROC by its own score, the nearest images' distance: {own}")
-    if published:
-        lines.append(
-            "the paper's: image AUROC / pixel AUROC / AUPRO with WideResNet-50, but CFLOW-AD's with ResNet-18 beside "
-            f"ResNet-18; CFLOW-AD at {published.size} px"
-        )
-    else:
-        lines.append(f"the paper's figures: {paper.MISSING} for this category")
-    return "; ".join(lines)
+    if category in paper.TABLE_3:
+        lines.append("the paper's: image AUROC / pixel AUROC / AUPRO")
+    return "; ".join([*lines, paper.conditions([category])])
 
 
 def _percent(row: Row, name: str) -> str:
