@@ -137,15 +137,36 @@ def test_the_headline_counts_only_what_passed_parity() -> None:
     rows = [timed("cflow-fast", "fp32", 1, 80.0, "cpu", 2.0), timed("cflow-fast", "fp32", 8, 80.0, "cpu", 3.0)]
     unchecked = replace(timed("cflow-fast", "bf16", 1, 80.0, "cpu", 9.0), parity=None)
     page = _page(run([*rows, unchecked, timed("freia", "fp32", 1, 40.0, "cpu")], CPU))
-    assert page.headings[0] == "cflow-fast decodes 2.00 to 3.00 times as fast as freia"
+    assert page.headings[0] == "cflow-fast decodes 2.00 to 3.00 times as fast as freia, both fp32"
     assert "cflow-fast is the fastest in 1 of 1" in page.sections["fastest"]
     assert "2.00x" in page.sections["fastest"]
+
+
+def test_the_headline_compares_like_with_like() -> None:
+    over_fp32 = timed("cflow-fast", "bf16", 1, 80.0, "cpu", 9.0)
+    fp32 = [timed("cflow-fast", "fp32", batch, 80.0, "cpu", 1.0 + batch) for batch in (1, 2)]
+    page = _page(run([over_fp32, *fp32], CPU))
+    assert page.headings[0] == "cflow-fast decodes 2.00 to 3.00 times as fast as freia, both fp32"
+    assert "9.00x bf16 against fp32" in " ".join(page.text.split())
+    over_bf16 = {"freia bf16": {"against": "freia bf16", "median": 1.5, "low": 1.4, "high": 1.6}}
+    both = replace(over_fp32, extra={"speedups": over_bf16})
+    heading = _page(run([both, *fp32], CPU)).headings[0]
+    assert heading == "cflow-fast decodes 1.50 to 3.00 times as fast as freia, both bf16 or both fp32"
+
+
+def test_the_headline_says_so_where_only_unequal_precisions_were_measured() -> None:
+    rows = [timed("cflow-fast", "bf16", batch, 80.0, "cpu", 3.0 * batch) for batch in (1, 2)]
+    (heading,) = _page(run(rows, CPU)).headings
+    assert heading == "cflow-fast decodes 3.00 to 6.00 times as fast as freia, bf16 against fp32"
+    tf32 = replace(timed("cflow-fast", "bf16", 1, 80.0, "cpu", 2.0), precision="tf32")
+    (heading,) = _page(run([*rows, tf32], CPU)).headings
+    assert heading.endswith("freia, bf16 against fp32; 2.00 times as fast as freia, tf32 against fp32")
 
 
 def test_who_is_fastest_may_be_another() -> None:
     rows = [timed("cflow-fast", "fp32", 1, 80.0, "cpu", 0.8), timed("freia", "fp32", 1, 100.0, "cpu")]
     page = _page(run(rows, CPU))
-    assert page.headings[0] == "cflow-fast decodes 0.80 times as fast as freia"
+    assert page.headings[0] == "cflow-fast decodes 0.80 times as fast as freia, both fp32"
     assert "cflow-fast is the fastest in 0 of 1" in page.sections["fastest"]
 
 

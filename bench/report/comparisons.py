@@ -24,10 +24,15 @@ class Comparison:
         return _contender(self.ratio.against)
 
     @property
+    def is_like_with_like(self) -> bool:
+        """Whether both ran in the same precision."""
+        return self.m.row.precision == _precision(self.ratio.against)
+
+    @property
     def precisions(self) -> str:
         """bf16 against fp32; both fp32."""
         own, other = self.m.row.precision, _precision(self.ratio.against)
-        return f"both {own}" if own == other else f"{own} against {other}" if other else own
+        return f"both {own}" if self.is_like_with_like else f"{own} against {other}" if other else own
 
 
 def comparisons(rows: Iterable[Measured]) -> list[Comparison]:

@@ -31,8 +31,7 @@ class Claim:
 
     @property
     def by_precision(self) -> dict[str, list[Comparison]]:
-        precisions = dict.fromkeys(c.precisions for c in self.found)
-        return {name: [c for c in self.found if c.precisions == name] for name in precisions}
+        return by_precision(self.found)
 
 
 def claims(rows: Sequence[Measured]) -> list[Claim]:
@@ -44,12 +43,21 @@ def claims(rows: Sequence[Measured]) -> list[Claim]:
     return sorted((Claim(*key, found) for key, found in groups.items()), key=lambda claim: TIMED.index(claim.bench))
 
 
+def by_precision(found: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    precisions = dict.fromkeys(c.precisions for c in found)
+    return {name: [c for c in found if c.precisions == name] for name in precisions}
+
+
 def headline(claims: Sequence[Claim]) -> str:
+    """The first claim, both in the same precision; where only unequal ones were measured, each pair of them."""
     if not claims:
         return "What cflow-fast bench measured"
     first = claims[0]
     same = [c for claim in claims if (claim.bench, claim.against) == (first.bench, first.against) for c in claim.found]
-    return f"{OURS} {VERBS[first.bench]} {spread(same).removesuffix('x')} times as fast as {first.against}"
+    alike = [c for c in same if c.is_like_with_like]
+    ranges = {" or ".join(by_precision(alike)): alike} if alike else by_precision(same)
+    parts = [f"{spread(c).removesuffix('x')} times as fast as {first.against}, {name}" for name, c in ranges.items()]
+    return f"{OURS} {VERBS[first.bench]} {'; '.join(parts)}"
 
 
 def spread(found: Sequence[Comparison]) -> str:
