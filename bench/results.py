@@ -26,6 +26,10 @@ class BenchmarkFileError(CFlowFastError):
     """A file is not a results file, is cut short, or has another version's form."""
 
 
+class ForeignFileError(BenchmarkFileError):
+    """A whole JSON file that holds no results of any version."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Times of one call over the rounds, in seconds."""
@@ -121,13 +125,16 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Read a run. Raises BenchmarkFileError when the file is not one, and OSError when it cannot be opened."""
+    """Read a run. Raises BenchmarkFileError when the file is not one, and OSError when it cannot be opened.
+
+    Of whole JSON without results of any version it is a ForeignFileError.
+    """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BenchmarkFileError(f"{path}: not a whole results file of `cflow-fast bench` ({error})") from error
-    if not isinstance(facts, dict) or "format" not in facts:
-        raise BenchmarkFileError(f"{path}: not a results file of `cflow-fast bench`")
+    if not isinstance(facts, dict) or not {"format", "rows"} <= facts.keys():
+        raise ForeignFileError(f"{path}: not a results file of `cflow-fast bench`")
     if facts["format"] != FORMAT:
         raise BenchmarkFileError(f"{path}: its results have format {facts['format']!r}, this version reads {FORMAT}")
     try:

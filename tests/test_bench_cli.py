@@ -156,7 +156,7 @@ def test_what_cannot_be_read_or_written_is_one_line_before_anything_is_measured(
     Path("blocked").write_text("a file where a folder should be")
     Path("cut.json").write_text('{"format": 1, "command": "x", "rows": [')
     Path("foreign.json").write_text('{"rows": []}')
-    Path("newer.json").write_text('{"format": 99}')
+    Path("newer.json").write_text('{"format": 99, "rows": []}')
     before = files(tmp_path)
     result = bench(command, *TINY[:2], *option)
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from report_page import Drawing, Page
 from report_results import CPU, GPU, row, run, timed
 
+from cflow_fast import kernels
 from cflow_fast.bench import paper
 from cflow_fast.bench.report import load, report, throughput_figure
 from cflow_fast.bench.report.data import Source, measured
@@ -19,6 +21,7 @@ from cflow_fast.bench.report.tables import table_sections
 from cflow_fast.bench.results import FORMAT, Results, Row, Speedup, write_results
 from cflow_fast.cli.bench_report import report as report_command
 from cflow_fast.errors import CFlowFastError
+from cflow_fast.files import write_text
 
 
 def _page(*results: Results) -> Page:
@@ -322,18 +325,58 @@ def test_colours_are_not_the_only_difference_between_series() -> None:
 def test_files_that_cannot_be_read_are_named_and_left_out(tmp_path: Path) -> None:
     write_results(tmp_path / "good.json", _full()[0])
     (tmp_path / "cut.json").write_text((tmp_path / "good.json").read_text()[:100])
-    (tmp_path / "other.json").write_text('{"rows": []}')
+    (tmp_path / "empty.json").write_bytes(b"")
     (tmp_path / "old.json").write_text(f'{{"format": {FORMAT + 1}, "rows": []}}')
     (tmp_path / "note.txt").write_text("no results")
     result = CliRunner().invoke(report_command, [str(tmp_path), "-o", str(tmp_path / "page.html")])
     assert result.exit_code == 0
-    for name in ("cut.json", "other.json", "old.json"):
+    for name in ("cut.json", "empty.json", "old.json"):
         assert len([line for line in result.output.splitlines() if name in line]) == 1
     assert "note.txt" not in result.output
     assert "good.json" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 99}'])
+def _of_a_card(folder: Path) -> None:
+    """What `make gpu` leaves in a card's folder, results apart, and what `cflow-fast parity` does beside it."""
+    facts = {"card": "Some Card", "torch": "2", "triton": "3"}
+    rows = [{"case": "a case", "precision": "bf16"}]
+    compared = {"command": "cflow-fast parity", "created": "", "machine": CPU, "versions": {}, "seed": 0, "commit": ""}
+    for name, content in {
+        "some-card/state.json": {"folder": "some-card", "facts": facts, "summary": [], "failed": []},
+        "some-card/roofline.json": facts | {"roofline": {"matrix": {"bf16": 1e15}}},
+        "some-card/parity.json": rows,
+        "some-card/kernels.json": rows,
+        "parity/cpu.json": compared | {"rows": rows},
+    }.items():
+        write_text(folder / name, json.dumps(content))
+    shipped = next((Path(kernels.__file__).parent / "tuned").glob("*.json"))
+    write_text(folder / "some-card/tuned.json", shipped.read_text())
+
+
+def test_results_are_found_in_folders_of_folders_and_other_files_there_passed_over(tmp_path: Path) -> None:
+    cpu, gpu = _full()
+    _of_a_card(tmp_path)
+    write_results(tmp_path / "cpu.json", cpu)
+    write_results(tmp_path / "some-card" / "map.json", gpu)
+    told: list[str] = []
+    assert [source.name for source in load([tmp_path], told.append)] == ["cpu.json", "some-card/map.json"]
+    assert told == []
+    text = Page(report(load([tmp_path / "some-card", tmp_path], told.append))).text
+    assert "NVIDIA Test" in text
+    assert "left out" not in text, "a file that is found twice is read once"
+
+
+def test_a_file_of_something_else_that_was_named_is_told(tmp_path: Path) -> None:
+    _of_a_card(tmp_path)
+    write_results(tmp_path / "cpu.json", _full()[0])
+    others = sorted(path for path in tmp_path.rglob("*.json") if path.name != "cpu.json" or path.parent != tmp_path)
+    assert len(others) == 6
+    told: list[str] = []
+    assert len(load([*others, tmp_path], told.append)) == 1
+    assert told == [f"{path}: not a results file of `cflow-fast bench`" for path in others]
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 99}', '{"format": 99, "rows": []}'])
 def test_without_a_result_there_is_one_line_and_no_page(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content)

@@ -12,6 +12,7 @@ import pytest
 from cflow_fast.bench.results import (
     FORMAT,
     BenchmarkFileError,
+    ForeignFileError,
     Results,
     Row,
     Speedup,
@@ -83,6 +84,7 @@ def _row(**facts: Any) -> str:
         ("", "not a whole results file"),
         ("[1, 2]", "not a results file of `cflow-fast bench`"),
         ('{"command": "make"}', "not a results file of `cflow-fast bench`"),
+        ('{"format": 99}', "not a results file of `cflow-fast bench`"),
         (_changed(format=FORMAT + 1), f"have format {FORMAT + 1}, this version reads {FORMAT}"),
         (_changed(unknown=1), "unexpected keyword argument 'unknown'"),
         (_changed(rows=None), "not a results file"),
@@ -102,6 +104,26 @@ def test_what_is_no_results_file_is_refused_by_name(tmp_path: Path, content: str
     assert str(path) in message
     assert complaint in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "is_foreign"),
+    [
+        ("[]", True),
+        ('{"format": 1, "card": "sm_90"}', True),
+        ('{"command": "cflow-fast parity", "rows": []}', True),
+        (_written()[:200], False),
+        (_changed(format=FORMAT + 1), False),
+        (_row(status="splendid"), False),
+    ],
+)
+def test_json_of_something_else_is_told_from_results_that_cannot_be_read(
+    tmp_path: Path, content: str, is_foreign: bool
+) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(BenchmarkFileError) as caught:
+        read_results(tmp_path / "r.json")
+    assert isinstance(caught.value, ForeignFileError) == is_foreign
 
 
 def test_binary_content_is_refused_by_name(tmp_path: Path) -> None:

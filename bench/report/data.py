@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cflow_fast.bench.report import words
-from cflow_fast.bench.results import Results, Row, read_results
+from cflow_fast.bench.results import ForeignFileError, Results, Row, read_results
 from cflow_fast.errors import CFlowFastError
 
 
@@ -54,12 +54,12 @@ class Measured:
 
 
 def load(paths: Iterable[Path], skip: Callable[[str], None]) -> list[Source]:
-    """Read results files, and those in folders; what cannot be read is told to `skip` in one line and left out.
+    """Read results files, and those in folders and theirs; what cannot be read is told to `skip` in one line.
 
-    Raises CFlowFastError when nothing is left.
+    JSON files of other things are passed over in folders. Raises CFlowFastError when nothing is left.
     """
     sources = []
-    for path in dict.fromkeys(found for given in paths for found in _found(given, skip)):
+    for path, name in _found(paths, skip).items():
         try:
             results = read_results(path)
         except (CFlowFastError, OSError) as error:
@@ -67,7 +67,7 @@ def load(paths: Iterable[Path], skip: Callable[[str], None]) -> list[Source]:
             skip(reason if str(path) in reason else f"{path}: {reason}")
             continue
         if results.rows:
-            sources.append(Source(path.name, results))
+            sources.append(Source(name, results))
         else:
             skip(f"{path}: holds no measurement")
     if not sources:
@@ -75,14 +75,28 @@ def load(paths: Iterable[Path], skip: Callable[[str], None]) -> list[Source]:
     return sources
 
 
-def _found(path: Path, skip: Callable[[str], None]) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    files = sorted(path.glob("*.json"))
-    if not files:
-        skip(f"{path}: no results file (*.json) in this folder")
-    yield from files
+def _found(paths: Iterable[Path], skip: Callable[[str], None]) -> dict[Path, str]:
+    """Files, each once, and what the report calls them: the path below the folder that was given."""
+    found: dict[Path, str] = {}
+    for path in paths:
+        if not path.is_dir():
+            found.setdefault(path, path.name)
+            continue
+        files = [file for file in sorted(path.rglob("*.json")) if not (file.is_dir() or _is_foreign(file))]
+        if not files:
+            skip(f"{path}: no results file (*.json) in this folder")
+        for file in files:
+            found.setdefault(file, str(file.relative_to(path)))
+    return found
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is whole JSON of something else, as `make gpu` and `cflow-fast parity` write it too."""
+    try:
+        read_results(path)
+    except (CFlowFastError, OSError) as error:
+        return isinstance(error, ForeignFileError)
+    return False
 
 
 def measured(sources: Sequence[Source]) -> tuple[list[Measured], list[Measured]]:

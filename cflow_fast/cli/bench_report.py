@@ -21,7 +21,7 @@ from cflow_fast.cli.common import console, errors
 def report(results: tuple[Path, ...], output: Path | None, figure: Path | None) -> None:
     """Make one HTML page of RESULTS, files that --json wrote or folders with them, or a figure, or both.
 
-    A file that cannot be read is named and left out; exits with 1 when none is left.
+    Folders are searched with theirs. A file that cannot be read is named and left out; exits with 1 when none is left.
     """
     from cflow_fast.bench.report import load, throughput_figure, write_report
 
