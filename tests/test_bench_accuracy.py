@@ -117,6 +117,21 @@ def test_an_interruption_prints_what_there_is(category: Path, tmp_path: Path, mo
     assert [row.contender for row in read_results(tmp_path / "out.json").rows] == ["padim"]
 
 
+def test_an_interruption_before_the_first_row_leaves_an_older_file_as_it_is(
+    category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*arguments: Any) -> bench.Scores:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", measure)
+    path = tmp_path / "out.json"
+    path.write_text("an older run")
+    result = run(accuracy, category, *TINY, "--json", path)
+    assert result.exit_code == 130
+    assert "nothing was measured" in result.output
+    assert path.read_text() == "an older run"
+
+
 def test_a_method_that_does_not_fit_into_memory_is_a_row_that_says_so(
     category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

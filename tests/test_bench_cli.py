@@ -182,6 +182,24 @@ def test_interruption_prints_and_stores_what_was_measured(tmp_path: Path, monkey
     assert {row.axes["size"] for row in read_results(path).rows} == {32}
 
 
+@pytest.mark.parametrize("command", ["decoder", "stages"])
+def test_interruption_before_the_first_row_leaves_an_older_file_as_it_is(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.Session, "measure", interrupt)
+    monkeypatch.setattr("cflow_fast.cli.bench_stages.stage_rows", interrupt)
+    path = tmp_path / "results.json"
+    path.write_text("an older run")
+    result = bench(command, *TINY, "--size", "32", "--json", path)
+    assert result.exit_code == 130
+    assert f"nothing was measured, {path} was not written" in result.output
+    assert "wrote" not in result.output
+    assert path.read_text() == "an older run"
+
+
 def test_every_benchmark_is_a_command_with_a_line_of_help() -> None:
     group = main.commands["bench"]
     names = ["decoder", "map", "end-to-end", "training", "stages", "scaling"]

@@ -18,7 +18,7 @@ from cflow_fast.bench.accuracy import METRICS
 from cflow_fast.bench.counting import MEGABYTE
 from cflow_fast.bench.results import Row
 from cflow_fast.cli.bench_accuracy import SkippedOnce, setting_from, training_options
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, store
+from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, results_of, store
 from cflow_fast.cli.common import console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
 from cflow_fast.files import check_writable
@@ -66,7 +66,7 @@ def ablation(
     rows: list[Row] = []
     interrupted = _measure(category, planned, seed, rows)
     console.print(table(rows, planned[0]))
-    store(json_path, rows, device, seed)
+    store(json_path, results_of(rows, device, seed))
     sys.exit(INTERRUPTED if interrupted else 0)
 
 

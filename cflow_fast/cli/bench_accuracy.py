@@ -18,7 +18,7 @@ from cflow_fast.bench import paper
 from cflow_fast.bench.baselines.maps import NotEnoughMemoryError
 from cflow_fast.bench.counting import MEGABYTE
 from cflow_fast.bench.results import Row
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, store
+from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, results_of, store
 from cflow_fast.cli.common import Skipped, console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
 from cflow_fast.files import check_writable
@@ -74,7 +74,7 @@ def accuracy(
     interrupted = _measure(category, chosen, setting, runs, seed, rows)
     console.print(table(rows, category.name))
     console.print(paper.BEST_EPOCH)
-    store(json_path, rows, device, seed)
+    store(json_path, results_of(rows, device, seed))
     sys.exit(INTERRUPTED if interrupted else 0)
 
 

@@ -15,7 +15,7 @@ from cflow_fast.bench import complexity as bench
 from cflow_fast.bench import cost_formulas, paper
 from cflow_fast.bench.counting import MEGABYTE
 from cflow_fast.bench.results import Row
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, store
+from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, results_of, store
 from cflow_fast.cli.common import console, device_option, progress_bar
 from cflow_fast.encoders import Encoder
 from cflow_fast.files import check_writable
@@ -56,7 +56,7 @@ def complexity(
     if not no_speed:
         interrupted = _measure(encoders, sizes, device, seed, seconds, speeds)
         console.print(speed_table(speeds))
-    store(json_path, [*counted, *costs, *speeds], device, seed)
+    store(json_path, results_of([*counted, *costs, *speeds], device, seed))
     sys.exit(INTERRUPTED if interrupted else 0)
 
 

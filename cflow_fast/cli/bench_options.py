@@ -13,11 +13,11 @@ import torch
 from cflow_fast.bench.cases import PERMUTATIONS, Case, scales_of
 from cflow_fast.bench.contenders import PRECISIONS, Contender, device_precisions
 from cflow_fast.bench.measurement import Effort
-from cflow_fast.bench.results import Results, compare, read_results, write_results
+from cflow_fast.bench.results import Results, compare, read_results
 from cflow_fast.bench.runner import Entrant
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.bench_show import comparison_table, print_wide, show
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option
+from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, store
 from cflow_fast.cli.common import console, device_option, progress_bar
 from cflow_fast.files import check_writable
 
@@ -155,9 +155,7 @@ def finish(session: Session, interrupted: bool, json_path: Path | None, old: Res
     show(results)
     if old is not None:
         print_wide(comparison_table(compare(old, results), old))
-    if json_path:
-        write_results(json_path, results)
-        console.print(f"wrote {json_path}", markup=False, soft_wrap=True)
+    store(json_path, results)
     if interrupted:
         console.print("interrupted: this is what was measured until then")
     sys.exit(INTERRUPTED if interrupted else 0)

@@ -1,4 +1,4 @@
-"""What the commands that print the paper's tables share: storing their rows, and the width of their numbers."""
+"""What all benchmarks' commands share: storing their rows, and how numbers stand in the paper's tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import torch
 
-from cflow_fast.bench.results import Row, write_results
+from cflow_fast.bench.results import Results, Row, write_results
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.common import console
 
@@ -23,11 +23,19 @@ json_option = click.option(
 )
 
 
-def store(path: Path | None, rows: Sequence[Row], device: torch.device, seed: int) -> None:
-    """Write the rows with the machine, the versions and the command line, if a path was given and there are any."""
-    if path is None or not rows:
+def results_of(rows: Sequence[Row], device: torch.device, seed: int) -> Results:
+    """The rows with the machine, the versions and the command line."""
+    return Session(command_line(), device, seed, rows=list(rows)).results()
+
+
+def store(path: Path | None, results: Results) -> None:
+    """Write them if a path was given; without a row an older file there stays as it is."""
+    if path is None:
         return
-    write_results(path, Session(command_line(), device, seed, rows=list(rows)).results())
+    if not results.rows:
+        console.print(f"nothing was measured, {path} was not written", markup=False, soft_wrap=True)
+        return
+    write_results(path, results)
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
