@@ -70,7 +70,14 @@ class MVTecCategory:
             raise DataError(f"{folder} holds no folder of images; a category is laid out as {LAYOUT}")
         return [self._sample(path) for defect in defects for path in find_images(defect)]
 
+    def check(self) -> None:
+        """Raise the DataError that `train` or `test` would."""
+        _ = self.train, self.test
+
     def _require(self, folder: Path) -> None:
+        if not self.root.is_dir():
+            what = "a file, not a folder" if self.root.exists() else "missing"
+            raise DataError(f"{self.root} is {what}; name a category, laid out as {LAYOUT}")
         if not folder.is_dir():
             raise DataError(
                 f"{self.root} has no folder {folder.relative_to(self.root)}; a category is laid out as {LAYOUT}"

@@ -51,6 +51,20 @@ def test_an_encoder_that_cannot_be_had_is_a_row_that_says_so(category: Path, tmp
     assert last.images_per_second is None
 
 
+def test_an_ablation_in_which_nothing_could_be_measured_fails_and_keeps_its_rows(
+    category: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.pth").write_text("none")
+    path = tmp_path / "out.json"
+    result = CliRunner().invoke(
+        ablation, [str(category), *TINY, "--encoder-weights", str(tmp_path / "weights.pth"), "--json", str(path)]
+    )
+    assert result.exit_code == 1
+    rows = read_results(path).rows
+    assert {row.status for row in rows} == {"not available"}
+    assert all("weights.pth" in row.note for row in rows)
+
+
 def test_an_interruption_prints_what_there_is(category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(*arguments: Any) -> Iterator[Row]:
         yield next(measured(*arguments))

@@ -17,8 +17,10 @@ from cflow_fast.bench import paper
 from cflow_fast.bench.ablation import variations
 from cflow_fast.bench.baselines import maps
 from cflow_fast.bench.results import read_results
+from cflow_fast.cli.bench_ablation import ablation
 from cflow_fast.cli.bench_accuracy import accuracy
 from cflow_fast.datasets import MVTecCategory
+from cflow_fast.encoders import Encoder
 from cflow_fast.errors import CFlowFastError, DataError, EncoderError
 
 TINY = ("--encoder", "resnet18", "--layers", "layer1,layer2", "--untrained", "--device", "cpu", "--steps", "3")
@@ -137,19 +139,42 @@ def test_a_method_that_does_not_fit_into_memory_is_a_row_that_says_so(
 ) -> None:
     monkeypatch.setattr(maps, "free_bytes", lambda device: 1000)
     path = tmp_path / "out.json"
-    result = run(accuracy, category, *TINY, "--image-size", 64, "--methods", "padim", "--json", path)
+    result = run(accuracy, category, *TINY, "--image-size", 64, "--methods", "cflow-fast,padim", "--json", path)
     assert result.exit_code == 0
-    (row,) = read_results(path).rows
-    assert row.status == "out of memory"
-    assert "PaDiM needs" in row.note
+    first, last = read_results(path).rows
+    assert (first.status, last.status) == ("ok", "out of memory")
+    assert "PaDiM needs" in last.note
+    alone = run(accuracy, category, *TINY, "--image-size", 64, "--methods", "padim", "--json", path)
+    assert alone.exit_code == 1, "nothing could be measured"
+    assert [row.status for row in read_results(path).rows] == ["out of memory"]
 
 
-def test_wrong_input_is_one_clear_line(category: Path, tmp_path: Path) -> None:
+def test_a_data_folder_that_cannot_be_used_is_one_clear_line_before_an_encoder_is_made(
+    category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(Encoder, "__init__", lambda self, *arguments, **options: made.append(arguments))
     without = shutil.copytree(category, tmp_path / "cloth")
+    untestable = shutil.copytree(category, tmp_path / "untestable")
     shutil.rmtree(without / "train")
-    result = run(accuracy, without, *TINY)
-    assert isinstance(result.exception, DataError)
-    assert "has no folder train/good" in str(result.exception)
+    shutil.rmtree(untestable / "test")
+    (tmp_path / "file").write_text("")
+    for command in (accuracy, ablation):
+        for data, complaint in (
+            (tmp_path / "missing", "missing is missing; name a category, laid out as train/good/"),
+            (tmp_path / "file", "file is a file, not a folder; name a category"),
+            (without, "cloth has no folder train/good"),
+            (untestable, "untestable has no folder test"),
+        ):
+            result = run(command, data, "--device", "cpu", "--json", tmp_path / "out.json")
+            assert isinstance(result.exception, DataError), result.output
+            assert complaint in str(result.exception)
+            assert "\n" not in str(result.exception)
+    assert not made
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_wrong_options_are_one_clear_line(category: Path) -> None:
     result = run(accuracy, category, "--encoder", "resnet81", "--untrained", "--device", "cpu")
     assert isinstance(result.exception, EncoderError)
     assert "\n" not in str(result.exception)

@@ -108,7 +108,7 @@ def test_output_that_cannot_be_written_is_found_before_training(place: Path, mon
     ("line", "words"),
     [
         ("test missing.safetensors cloth", "no model at missing.safetensors"),
-        ("test model.safetensors missing", "missing has no folder test; a category is laid out as"),
+        ("test model.safetensors missing", "missing is missing; name a category, laid out as"),
         ("test model.safetensors empty", "empty has no folder test"),
         ("test model.safetensors untestable", "untestable has no folder test"),
         ("test model.safetensors maskless", "000.png has no mask: there is no file maskless/ground_truth/scratch/000_"),

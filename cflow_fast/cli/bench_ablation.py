@@ -18,7 +18,7 @@ from cflow_fast.bench.accuracy import METRICS
 from cflow_fast.bench.counting import MEGABYTE
 from cflow_fast.bench.results import Row
 from cflow_fast.cli.bench_accuracy import SkippedOnce, setting_from, training_options
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, results_of, store
+from cflow_fast.cli.bench_tables import exit_code, json_option, number, results_of, store
 from cflow_fast.cli.common import console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
 from cflow_fast.files import check_writable
@@ -56,18 +56,20 @@ def ablation(
 ) -> None:
     """The paper's Table 2 on DATA, a category in MVTec AD's layout: one factor at a time around a base.
 
-    Coupling layers, pooling layers, image size, condition and encoder. Ctrl-C prints what has been measured.
+    Coupling layers, pooling layers, image size, condition and encoder. Ctrl-C prints what has been measured; exits
+    with 1 when nothing could be.
     """
+    category = MVTecCategory(data)
+    category.check()
     if json_path:
         check_writable(json_path)
     base = setting_from(encoders[0], sizes[0], device, **options)
-    category = MVTecCategory(data)
     planned = bench.variations(base, sizes[1:], encoders[1:])
     rows: list[Row] = []
     interrupted = _measure(category, planned, seed, rows)
     console.print(table(rows, planned[0]))
     store(json_path, results_of(rows, device, seed))
-    sys.exit(INTERRUPTED if interrupted else 0)
+    sys.exit(exit_code(rows, interrupted))
 
 
 def _measure(category: MVTecCategory, planned: Sequence[bench.Variation], seed: int, rows: list[Row]) -> bool:

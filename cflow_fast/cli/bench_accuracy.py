@@ -18,7 +18,7 @@ from cflow_fast.bench import paper
 from cflow_fast.bench.baselines.maps import NotEnoughMemoryError
 from cflow_fast.bench.counting import MEGABYTE
 from cflow_fast.bench.results import Row
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, results_of, store
+from cflow_fast.cli.bench_tables import exit_code, json_option, number, results_of, store
 from cflow_fast.cli.common import Skipped, console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
 from cflow_fast.files import check_writable
@@ -63,19 +63,20 @@ def accuracy(
 ) -> None:
     """The paper's Table 3 row of DATA, a category in MVTec AD's layout: CFLOW-AD, PaDiM and SPADE.
 
-    A test image that cannot be used is left out. Ctrl-C prints what has been measured.
+    A test image that cannot be used is left out. Ctrl-C prints what has been measured; exits with 1 when nothing could.
     """
     chosen = method_names(methods)
+    category = MVTecCategory(data)
+    category.check()
     if json_path:
         check_writable(json_path)
     setting = setting_from(encoder, image_size, device, baseline_layers=taps(baseline_layers), **options)
-    category = MVTecCategory(data)
     rows: list[Row] = []
     interrupted = _measure(category, chosen, setting, runs, seed, rows)
     console.print(table(rows, category.name))
     console.print(paper.BEST_EPOCH)
     store(json_path, results_of(rows, device, seed))
-    sys.exit(INTERRUPTED if interrupted else 0)
+    sys.exit(exit_code(rows, interrupted))
 
 
 def setting_from(

@@ -39,6 +39,11 @@ def store(path: Path | None, results: Results) -> None:
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
+def exit_code(rows: Sequence[Row], interrupted: bool) -> int:
+    """130 after Ctrl-C; 1 when nothing could be measured."""
+    return INTERRUPTED if interrupted else int(not any(row.status == "ok" for row in rows))
+
+
 def command_line() -> str:
     """The command that makes a result, as a user would repeat it.
 
