@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,9 +77,15 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, str, str, str]:
+    def key(self) -> tuple[str, ...]:
         """What makes two rows of two files the same measurement."""
-        return self.bench, self.case, self.contender, self.precision, self.device
+        axes = json.dumps(self.axes, sort_keys=True)  # an ablation's case does not name its encoder
+        return self.bench, self.case, axes, self.contender, self.precision, self.device
+
+    def number(self, name: str) -> float | None:
+        """What `extra` holds by that name, where it is a number."""
+        value = self.extra.get(name)
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,7 @@ class Change:
     @property
     def time_ratio(self) -> float | None:
         """New median time over the old one; under 1 is faster now."""
-        if self.old.seconds is None or self.new.seconds is None:
-            return None
-        return _quotient(self.new.seconds.median, self.old.seconds.median)
+        return self.ratio(lambda row: row.seconds.median if row.seconds else None)
 
     @property
     def speedup_ratio(self) -> float | None:
@@ -117,6 +121,11 @@ class Change:
         if old is None or new is None or old.against != new.against:
             return None
         return _quotient(new.median, old.median)
+
+    def ratio(self, value: Callable[[Row], float | None]) -> float | None:
+        """A value of the newer row over the older one's."""
+        old, new = value(self.old), value(self.new)
+        return None if old is None or new is None else _quotient(new, old)
 
 
 def write_results(path: Path, results: Results) -> None:

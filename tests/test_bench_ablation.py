@@ -38,6 +38,11 @@ def test_every_variation_is_trained_tested_and_stored(category: Path, tmp_path: 
         assert 0 <= row.extra["pixel_auroc"] <= 1
     assert "condition: none" in result.output
     assert "the paper's figures: not found" in " ".join(result.output.split())
+    again = CliRunner().invoke(ablation, [str(category), *TINY, "--size", "64", "--compare", str(path)])
+    assert again.exit_code == 0, again.output
+    changes = again.output[again.output.index("change since the older file") :]
+    assert changes.count("(+0.00)") == 3 * 4, "the same seed gives the same metrics"
+    assert "image size" not in changes, "it is in the older file only"
 
 
 def test_an_encoder_that_cannot_be_had_is_a_row_that_says_so(category: Path, tmp_path: Path) -> None:

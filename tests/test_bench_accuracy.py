@@ -79,6 +79,34 @@ def test_a_paper_category_has_the_papers_figures_beside_it(
     assert read_results(path).rows[0].extra["seeds"] == [0, 1, 2, 3]
 
 
+def test_the_change_since_an_older_file_is_in_metrics_and_times(
+    category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "old.json"
+    monkeypatch.setattr("sys.argv", ["cflow-fast", "bench", "accuracy", "cloth", "--steps", "3", "[/bold]"])
+    monkeypatch.setattr(bench, "measure", lambda *arguments: scores())
+    assert run(accuracy, category, *TINY, "--methods", "padim,spade", "--json", path).exit_code == 0
+    better = scores(0.95, aupro=float("nan"), fit_seconds=3.0, seconds_per_image=0.25)
+    monkeypatch.setattr(bench, "measure", lambda *arguments: better)
+    output = run(accuracy, category, *TINY, "--methods", "padim", "--compare", path).output
+    changes = output[output.index("change since the older file") :].splitlines()
+    (line,) = [line for line in changes if "padim" in line]
+    assert " ".join(line.split()).endswith("padim fp32 95.00 (+5.00) 80.00 (+0.00) - 3.00 2.00")
+    assert not any("spade" in line for line in changes)
+    assert "cflow-fast bench accuracy cloth --steps 3 '[/bold]'" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("command", [accuracy, ablation])
+def test_an_older_file_that_is_none_is_one_line_before_anything_is_measured(
+    command: click.Command, category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "__init__", lambda *arguments, **options: pytest.fail("an encoder is made"))
+    (tmp_path / "old.json").write_text('{"format": 1, "rows": [')
+    result = run(command, category, *TINY, "--compare", tmp_path / "old.json")
+    assert isinstance(result.exception, CFlowFastError)
+    assert "old.json: not a whole results file" in str(result.exception)
+
+
 def test_means_and_deviations_are_the_samples(category: Path) -> None:
     values = [0.91, 0.95, 0.99]
     row = bench.summary_row("padim", "cloth", setting(), [scores(value) for value in values], [0, 1, 2])

@@ -134,10 +134,11 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(session.Session, "measure_rates", refuse)
     monkeypatch.setattr("cflow_fast.cli.bench_stages.stage_rows", refuse)
+    monkeypatch.setattr("cflow_fast.bench.complexity.size_rows", refuse)
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("command", ["decoder", "map", "end-to-end", "training", "scaling", "stages"])
+@pytest.mark.parametrize("command", ["decoder", "map", "end-to-end", "training", "scaling", "stages", "complexity"])
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [

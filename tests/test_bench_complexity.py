@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,27 @@ def test_the_tables_have_the_papers_figures_beside_ours(tmp_path: Path) -> None:
     assert {row.bench for row in stored.rows} == {"complexity"}
     assert {row.extra["table"] for row in stored.rows} == {1, 6}
     assert len({row.key for row in stored.rows}) == len(stored.rows)
+
+
+def test_the_change_since_an_older_file_is_in_bytes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "old.json"
+    command = ("--encoder", "mobilenetv3_large_100", "--size", 64, "--seconds", 0.1)
+    assert run(*command, "--json", path).exit_code == 0
+    facts = json.loads(path.read_text())
+    for row in facts["rows"]:
+        row["model_bytes"] *= 4
+        if row["seconds"]:
+            row["seconds"]["median"] = 1e6
+    path.write_text(json.dumps(facts))
+    output = run(*command, "--compare", path).output
+    counted, timed = output.split("change since the older file")[1:]
+    sizes = [line for line in counted.splitlines() if line.strip().endswith(" 0.25")]
+    assert len(sizes) == len([row for row in facts["rows"] if not row["seconds"]])
+    assert "size, new / old" in counted
+    assert "time, new / old" in timed
+    assert timed.count(" 0.00 ") == len([row for row in facts["rows"] if row["seconds"]])
+    (alone,) = run(*command, "--no-speed", "--compare", path).output.split("change since the older file")[1:]
+    assert "size, new / old" in alone
 
 
 def test_an_unknown_encoder_and_a_folder_in_the_files_place_are_one_clear_line(tmp_path: Path) -> None:

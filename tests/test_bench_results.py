@@ -146,6 +146,20 @@ def test_speedups_over_different_contenders_are_not_compared() -> None:
     assert change.speedup_ratio is None
 
 
+def test_measurements_on_other_axes_are_not_compared() -> None:
+    """An ablation's base has one name, whatever its encoder."""
+    other = replace(ROW, axes=ROW.axes | {"encoder": "wide_resnet50_2"})
+    assert compare(RESULTS, replace(RESULTS, rows=[other])) == []
+
+
+def test_what_a_row_stores_beside_its_fields_is_compared_where_it_is_a_number() -> None:
+    old, new = (replace(ROW, extra={"fit_seconds": seconds, "note": "text"}) for seconds in (4.0, 6.0))
+    (change,) = compare(replace(RESULTS, rows=[old]), replace(RESULTS, rows=[new]))
+    assert change.ratio(lambda row: row.number("fit_seconds")) == 1.5
+    assert change.ratio(lambda row: row.number("note")) is None
+    assert change.ratio(lambda row: row.number("absent")) is None
+
+
 def test_what_was_not_measured_has_no_ratio() -> None:
     (change,) = compare(RESULTS, replace(RESULTS, rows=[UNMEASURED]))
     assert change.time_ratio is None

@@ -16,12 +16,13 @@ from cflow_fast.bench import ablation as bench
 from cflow_fast.bench import paper
 from cflow_fast.bench.accuracy import METRICS
 from cflow_fast.bench.counting import MEGABYTE
-from cflow_fast.bench.results import Row
+from cflow_fast.bench.results import Row, compare
 from cflow_fast.cli.bench_accuracy import SkippedOnce, setting_from, training_options
-from cflow_fast.cli.bench_tables import exit_code, json_option, number, results_of, store
+from cflow_fast.cli.bench_options import open_files
+from cflow_fast.cli.bench_show import metric_changes, print_wide
+from cflow_fast.cli.bench_tables import compare_option, exit_code, json_option, number, results_of, store
 from cflow_fast.cli.common import console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
-from cflow_fast.files import check_writable
 
 
 @click.command()
@@ -44,6 +45,7 @@ from cflow_fast.files import check_writable
 @click.option("--seed", type=int, default=0)
 @training_options
 @json_option
+@compare_option
 @loading_options
 def ablation(
     data: Path,
@@ -51,6 +53,7 @@ def ablation(
     sizes: tuple[int, ...],
     seed: int,
     json_path: Path | None,
+    old_path: Path | None,
     device: torch.device,
     **options: Any,
 ) -> None:
@@ -61,14 +64,16 @@ def ablation(
     """
     category = MVTecCategory(data)
     category.check()
-    if json_path:
-        check_writable(json_path)
+    old = open_files(json_path, old_path)
     base = setting_from(encoders[0], sizes[0], device, **options)
     planned = bench.variations(base, sizes[1:], encoders[1:])
     rows: list[Row] = []
     interrupted = _measure(category, planned, seed, rows)
     console.print(table(rows, planned[0]))
-    store(json_path, results_of(rows, device, seed))
+    results = results_of(rows, device, seed)
+    if old is not None:
+        print_wide(metric_changes(compare(old, results), old))
+    store(json_path, results)
     sys.exit(exit_code(rows, interrupted))
 
 

@@ -17,11 +17,12 @@ from cflow_fast.bench import accuracy as bench
 from cflow_fast.bench import paper
 from cflow_fast.bench.baselines.maps import NotEnoughMemoryError
 from cflow_fast.bench.counting import MEGABYTE
-from cflow_fast.bench.results import Row
-from cflow_fast.cli.bench_tables import exit_code, json_option, number, results_of, store
+from cflow_fast.bench.results import Row, compare
+from cflow_fast.cli.bench_options import open_files
+from cflow_fast.cli.bench_show import metric_changes, print_wide
+from cflow_fast.cli.bench_tables import compare_option, exit_code, json_option, number, results_of, store
 from cflow_fast.cli.common import Skipped, console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
-from cflow_fast.files import check_writable
 from cflow_fast.recipes import PRESETS, SOFT_PRESETS, Recipe
 
 
@@ -48,6 +49,7 @@ def training_options(command: Callable[..., object]) -> Callable[..., object]:
 @click.option("--seed", type=int, default=0)
 @training_options
 @json_option
+@compare_option
 @loading_options
 def accuracy(
     data: Path,
@@ -58,6 +60,7 @@ def accuracy(
     image_size: int,
     seed: int,
     json_path: Path | None,
+    old_path: Path | None,
     device: torch.device,
     **options: Any,
 ) -> None:
@@ -68,14 +71,16 @@ def accuracy(
     chosen = method_names(methods)
     category = MVTecCategory(data)
     category.check()
-    if json_path:
-        check_writable(json_path)
+    old = open_files(json_path, old_path)
     setting = setting_from(encoder, image_size, device, baseline_layers=taps(baseline_layers), **options)
     rows: list[Row] = []
     interrupted = _measure(category, chosen, setting, runs, seed, rows)
     console.print(table(rows, category.name))
     console.print(paper.BEST_EPOCH)
-    store(json_path, results_of(rows, device, seed))
+    results = results_of(rows, device, seed)
+    if old is not None:
+        print_wide(metric_changes(compare(old, results), old))
+    store(json_path, results)
     sys.exit(exit_code(rows, interrupted))
 
 

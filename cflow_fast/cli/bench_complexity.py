@@ -14,11 +14,12 @@ from rich.table import Table
 from cflow_fast.bench import complexity as bench
 from cflow_fast.bench import cost_formulas, paper
 from cflow_fast.bench.counting import MEGABYTE
-from cflow_fast.bench.results import Row
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, number, results_of, store
+from cflow_fast.bench.results import Change, Results, Row, compare
+from cflow_fast.cli.bench_options import open_files
+from cflow_fast.cli.bench_show import comparison_table, print_wide, size_changes
+from cflow_fast.cli.bench_tables import INTERRUPTED, compare_option, json_option, number, results_of, store
 from cflow_fast.cli.common import console, device_option, progress_bar
 from cflow_fast.encoders import Encoder
-from cflow_fast.files import check_writable
 
 
 @click.command()
@@ -28,6 +29,7 @@ from cflow_fast.files import check_writable
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=10.0, help="For each encoder and size.")
 @click.option("--seed", type=int, default=0)
 @json_option
+@compare_option
 @device_option
 def complexity(
     sizes: tuple[int, ...],
@@ -36,14 +38,14 @@ def complexity(
     seconds: float,
     seed: int,
     json_path: Path | None,
+    old_path: Path | None,
     device: torch.device,
 ) -> None:
     """The paper's Table 6, sizes and images a second, and Table 1, costs: CFLOW-AD, PaDiM and SPADE.
 
     Encoders have random weights. Ctrl-C prints what has been measured.
     """
-    if json_path:
-        check_writable(json_path)
+    old = open_files(json_path, old_path)
     for name in encoders:
         Encoder(name, pretrained=False)  # an unknown one is an error before anything is printed
     counted = list(bench.size_rows(encoders, device))
@@ -56,8 +58,21 @@ def complexity(
     if not no_speed:
         interrupted = _measure(encoders, sizes, device, seed, seconds, speeds)
         console.print(speed_table(speeds))
-    store(json_path, results_of([*counted, *costs, *speeds], device, seed))
+    results = results_of([*counted, *costs, *speeds], device, seed)
+    if old is not None:
+        _print_changes(compare(old, results), old)
+    store(json_path, results)
     sys.exit(INTERRUPTED if interrupted else 0)
+
+
+def _print_changes(changes: Sequence[Change], old: Results) -> None:
+    """Of what was counted the bytes, of what was timed the time."""
+    timed = [change for change in changes if change.new.case.startswith("speed, ")]
+    counted = [change for change in changes if not change.new.case.startswith("speed, ")]
+    if counted:
+        print_wide(size_changes(counted, old))
+    if timed or not counted:
+        print_wide(comparison_table(timed, old))
 
 
 def _measure(

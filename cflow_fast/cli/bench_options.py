@@ -17,7 +17,7 @@ from cflow_fast.bench.results import Results, compare, read_results
 from cflow_fast.bench.runner import Entrant
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.bench_show import comparison_table, print_wide, show
-from cflow_fast.cli.bench_tables import INTERRUPTED, json_option, store
+from cflow_fast.cli.bench_tables import INTERRUPTED, compare_option, json_option, store
 from cflow_fast.cli.common import console, device_option, progress_bar
 from cflow_fast.files import check_writable
 
@@ -90,9 +90,8 @@ def against_option(contenders: Mapping[str, Contender], *default: str) -> Callab
 
 def run_options(command: Command) -> Command:
     """--seconds, --rounds, --seed, --json, --compare and --device."""
-    path = click.Path(path_type=Path, dir_okay=False)
     for option in (
-        click.option("--compare", "old_path", type=path, help="Show the change since that results file."),
+        compare_option,
         json_option,
         click.option("--seed", type=int, default=0),
         click.option("--rounds", type=click.IntRange(1), help="Exactly so many.  [default: until ratios are known]"),

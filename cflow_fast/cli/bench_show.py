@@ -1,4 +1,7 @@
-"""The timed benchmarks' rows as tables for a terminal. What was not measured is a dash, explained below the table."""
+"""The timed benchmarks' rows as tables for a terminal, and what changed in any rows since an older file.
+
+What was not measured is a dash, explained below the table.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cflow_fast.bench.accuracy import METRICS
 from cflow_fast.bench.measurement import FEWEST_ROUNDS
 from cflow_fast.bench.results import Change, Results, Row, Speedup, Summary
 from cflow_fast.cli.common import console
 
 MISSING = "-"
+CHANGE = "change since the older file"
 LEGEND = (
     "TFLOP/s: the work left after folding over the time. peak MB: what a call needs beyond the models. "
     f"Errors: of log p / D (a map's: of the map) against float64. {MISSING}: not measured."
@@ -132,21 +137,55 @@ def _exponent_table(rows: Sequence[Row]) -> Table:
 
 def comparison_table(changes: Iterable[Change], old: Results) -> Table:
     """Time and speed-up of the rows that both files have, newer over older."""
-    table = _table(
-        "change since the older file", "ms, old", "ms, new", "time, new / old", "speed-up, new / old", first="case"
-    )
+    table = _table(CHANGE, "ms, old", "ms, new", "time, new / old", "speed-up, new / old", first="case")
     for change in changes:
         times = [MISSING if row.seconds is None else _ms(row.seconds.median) for row in (change.old, change.new)]
         table.add_row(
             _case(change.new),
             *times,
-            _shown(change.time_ratio, lambda ratio: f"{ratio:.2f}"),
-            _shown(change.speedup_ratio, lambda ratio: f"{ratio:.2f}"),
+            _ratio(change.time_ratio),
+            _ratio(change.speedup_ratio),
         )
+    return _since(old, table)
+
+
+def metric_changes(changes: Iterable[Change], old: Results) -> Table:
+    """Metrics in percent, with what the newer has more; times newer over older."""
+    table = _table(CHANGE, *METRICS.values(), "fit time, new / old", "images/s, new / old", first="case")
+    for change in changes:
+        table.add_row(
+            _case(change.new),
+            *(_metric_change(change, name) for name in METRICS),
+            _ratio(change.ratio(lambda row: row.number("fit_seconds"))),
+            _ratio(change.ratio(lambda row: row.images_per_second)),
+        )
+    return _since(old, table, old.command)  # which says the recipe, as no row does
+
+
+def _metric_change(change: Change, name: str) -> str:
+    old, new = change.old.number(name), change.new.number(name)
+    if new is None:
+        return MISSING
+    return f"{100 * new:.2f}" + ("" if old is None else f" ({100 * (new - old):+.2f})")
+
+
+def size_changes(changes: Iterable[Change], old: Results) -> Table:
+    table = _table(CHANGE, "MB, old", "MB, new", "size, new / old", first="case")
+    for change in changes:
+        sizes = (_shown(row.model_bytes, _megabytes) for row in (change.old, change.new))
+        table.add_row(_case(change.new), *sizes, _ratio(change.ratio(lambda row: row.model_bytes)))
+    return _since(old, table)
+
+
+def _since(old: Results, table: Table, *facts: str) -> Table:
     if not table.row_count:
         table.add_row("no measurement is in both files")
-    table.caption = f"older: {old.created}, commit {old.commit[:12]}"
+    table.caption = Text(", ".join([f"older: {old.created}", f"commit {old.commit[:12]}", *facts]))
     return table
+
+
+def _ratio(value: float | None) -> str:
+    return _shown(value, "{:.2f}".format)
 
 
 def _table(title: str, *numbers: str, first: str = "contender") -> Table:

@@ -21,6 +21,12 @@ INTERRUPTED = 130
 json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Store the rows there."
 )
+compare_option = click.option(
+    "--compare",
+    "old_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Show the change since that results file.",
+)
 
 
 def results_of(rows: Sequence[Row], device: torch.device, seed: int) -> Results:
