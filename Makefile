@@ -31,8 +31,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# RESULTS: a JSON file, or a folder for one that is named after the CPU.
 bench-cpu: $(READY)
-	$(BIN)/python -m pytest bench --benchmark-only -s --results bench/results
+	$(BIN)/python -m pytest bench --benchmark-only -s --results $(or $(RESULTS),bench/results)
 
 # Every kernel compiled for cards that are not here, by the installed Triton and by an older one, and what to expect.
 # AOT=--quick: only the usual ones.

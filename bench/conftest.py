@@ -1,4 +1,4 @@
-"""The benchmarks as pytest-benchmark entries; `pytest bench --benchmark-only --results FOLDER` stores their rows."""
+"""The benchmarks as pytest-benchmark entries; `pytest bench --benchmark-only -s --results WHERE` stores their rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from cflow_fast.bench.cases import Case
 from cflow_fast.bench.contenders import OURS, Contender
+from cflow_fast.bench.machine import file_name
 from cflow_fast.bench.measurement import Clock, Effort, Track
 from cflow_fast.bench.results import Row, write_results
 from cflow_fast.bench.runner import Entrant
@@ -19,21 +20,24 @@ from cflow_fast.bench.session import Session
 
 ROUNDS = int(os.environ.get("CFLOW_FAST_ROUNDS", "11"))
 SESSION = pytest.StashKey[Session]()
-WHOLE = ["bench", "--benchmark-only", "-s", "--results", "bench/results"]
-"""What `make bench-cpu` asks for."""
+WHOLE = ["bench", "--benchmark-only", "-s", "--results"]
+"""What `make bench-cpu` asks for, before the place where results are kept."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--results", type=Path, default=None, help="a JSON file, or the folder that cpu.json is written to"
-    )
+    parser.addoption("--results", type=Path, default=None, help="a JSON file, or a folder for one named after the CPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     effort = Effort(seconds=float("inf"), least_rounds=ROUNDS, most_rounds=ROUNDS)
     words = [str(word) for word in config.invocation_params.args]
-    command = "make bench-cpu" if words == WHOLE else f"python -m pytest {' '.join(words)}"
-    config.stash[SESSION] = Session(command, torch.device("cpu"), effort=effort)
+    config.stash[SESSION] = Session(command_of(words), torch.device("cpu"), effort=effort)
+
+
+def command_of(words: Sequence[str]) -> str:
+    """How a result is made again, wherever it is kept then."""
+    is_whole = [*words[:-1]] == WHOLE
+    return "make bench-cpu" if is_whole else f"python -m pytest {' '.join(words)}"
 
 
 @pytest.fixture
@@ -93,4 +97,10 @@ def _driven_by(benchmark: Any) -> Callable[..., None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     measured, path = session.config.stash.get(SESSION, None), session.config.getoption("--results")
     if measured is not None and measured.rows and path is not None:
-        write_results(path if path.suffix == ".json" else path / "cpu.json", measured.results())
+        results = measured.results()
+        write_results(results_file(path, str(results.machine["cpu"])), results)
+
+
+def results_file(path: Path, cpu: str) -> Path:
+    """A JSON file as it is; in a folder every kind of CPU has its own."""
+    return path if path.suffix == ".json" else path / f"cpu-{file_name(cpu)}.json"

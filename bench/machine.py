@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,16 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return facts
+
+
+def plain_name(processor: str) -> str:
+    """Without trademarks and clock rate: Intel Xeon Processor."""
+    return " ".join(re.sub(r"\((R|TM|C)\)|\s+@.*", " ", processor, flags=re.IGNORECASE).split())
+
+
+def file_name(processor: str) -> str:
+    """As part of a file's name: intel-xeon-processor."""
+    return re.sub(r"[^a-z0-9]+", "-", plain_name(processor).lower()).strip("-") or "unknown"
 
 
 def versions() -> dict[str, str]:

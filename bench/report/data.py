@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cflow_fast.bench.machine import plain_name
 from cflow_fast.bench.report import words
 from cflow_fast.bench.results import ForeignFileError, Results, Row, read_results
 from cflow_fast.errors import CFlowFastError
@@ -117,8 +117,7 @@ def place_name(results: Results, device: str) -> str:
         return "counted, on no device"
     machine = results.machine
     kind = "gpu" if device.startswith("cuda") else "cpu"
-    name = re.sub(r"\((R|TM|C)\)|\s+@.*", "", str(machine.get(kind) or f"unnamed {kind.upper()}"), flags=re.IGNORECASE)
-    name = " ".join(name.split())
+    name = plain_name(str(machine.get(kind) or f"unnamed {kind.upper()}"))
     if kind == "gpu" or "threads" not in machine:
         return name
     return f"{name}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
