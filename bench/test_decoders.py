@@ -1,4 +1,7 @@
-"""`make bench-cpu`: the decoders against FrEIA, with the bars they have to reach."""
+"""`make bench-cpu`: the decoders against FrEIA, with the bars they have to reach.
+
+What is done once comes first: in a process that has taken much of the memory, fresh pages take longer.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,19 @@ from cflow_fast.precision import cpu_has, multiplies_bf16
 
 ENCODER = "wide_resnet50_2"
 CASE = DecoderCase(ENCODER, ENCODERS[ENCODER], 256, 1, "soft")
+
+
+@pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
+def test_the_widest_decoder_is_built_in_under_five_seconds(benchmark: Any, permute_soft: bool) -> None:
+    benchmark.pedantic(FlowDecoder, (2048,), {"permute_soft": permute_soft}, rounds=2)
+    assert benchmark.stats.stats.min < 5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_three_decoders_with_soft_permutations_are_folded_in_under_ten_seconds(benchmark: Any, precision: str) -> None:
+    decoders = CASE.decoders()
+    benchmark.pedantic(lambda: [decoder.fold(precision) for decoder in decoders], rounds=2)
+    assert benchmark.stats.stats.min < 10
 
 
 def bar(permutations: str, batch: int, precision: str) -> float:
@@ -42,16 +58,3 @@ def test_decoders_against_freia(measure: Callable[..., Row], permutations: str, 
     over_the_floor = 1 / row.extra["speedups"][f"{FLOOR} {precision}"]["median"]
     beside = f"it takes {over_the_floor:.2f} times as long as PyTorch's matrix products alone"
     assert row.speedup.median >= bar(permutations, batch, precision), beside
-
-
-@pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
-def test_the_widest_decoder_is_built_in_under_five_seconds(benchmark: Any, permute_soft: bool) -> None:
-    benchmark.pedantic(FlowDecoder, (2048,), {"permute_soft": permute_soft}, rounds=2)
-    assert benchmark.stats.stats.min < 5
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_three_decoders_with_soft_permutations_are_folded_in_under_ten_seconds(benchmark: Any, precision: str) -> None:
-    decoders = CASE.decoders()
-    benchmark.pedantic(lambda: [decoder.fold(precision) for decoder in decoders], rounds=2)
-    assert benchmark.stats.stats.min < 10
