@@ -95,7 +95,7 @@ def run_options(command: Command) -> Command:
         json_option,
         click.option("--seed", type=int, default=0),
         click.option("--rounds", type=click.IntRange(1), help="Exactly so many.  [default: until ratios are known]"),
-        click.option("--seconds", type=click.FloatRange(0, min_open=True), default=8.0, help="For a case, at most."),
+        click.option("--seconds", type=click.FloatRange(0, min_open=True), default=12.0, help="For a case, at most."),
     ):
         command = option(command)
     return device_option(command)
