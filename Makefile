@@ -4,6 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typed
+CARD := build/card
+
+# cflow_fast with kernels and bench in it, as it is installed, without an installation: a folder to import it from.
+define linked
+rm -rf $(1) && mkdir -p $(1)/cflow_fast
+ln -s $(CURDIR)/cflow_fast/* $(CURDIR)/kernels $(CURDIR)/bench $(1)/cflow_fast
+endef
 
 .PHONY: demo test test-real lint format bench-cpu aot gpu parity clean
 OTHER_TRITON := 3.6.0
@@ -22,9 +29,7 @@ test-real: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(TYPED) && mkdir -p $(TYPED)/cflow_fast
-	ln -s $(CURDIR)/cflow_fast/* $(TYPED)/cflow_fast
-	ln -s $(CURDIR)/kernels $(CURDIR)/bench $(TYPED)/cflow_fast
+	$(call linked,$(TYPED))
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p cflow_fast
 
 format: $(READY)
@@ -46,9 +51,14 @@ aot: $(READY) build/triton-$(OTHER_TRITON)
 build/triton-$(OTHER_TRITON): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OTHER_TRITON)
 
-# On a machine with an NVIDIA GPU, which may be offline: installs nothing, uses the Python that it is given.
+# On a machine with an NVIDIA GPU, which may be offline: installs nothing, uses the Python that it is given. Run from
+# the folder of links: the first place that Python looks in is where it is started. OUTPUT: a folder in the place of
+# bench/results/<card>. PACK: a .tar.gz of all that is in it, kept up to date from step to step.
 gpu:
-	TRITON_INTERPRET=0 $(PYTHON) -m cflow_fast.bench.gpu
+	$(call linked,$(CARD))
+	cd $(CARD) && TRITON_INTERPRET=0 PYTHONPATH="$(CURDIR)/$(CARD)$${PYTHONPATH:+:$$PYTHONPATH}" \
+	    $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m cflow_fast.bench.gpu \
+	    $(if $(OUTPUT),--output "$(abspath $(OUTPUT))") $(if $(PACK),--pack "$(abspath $(PACK))")
 
 parity: $(READY)
 	$(BIN)/cflow-fast parity

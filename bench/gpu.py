@@ -1,25 +1,24 @@
 """`make gpu`: everything that only a card can show, in one go, kept in bench/results/<card>/.
 
-    python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 9]
+    python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 8.5] [--pack FILE]
 
 Each step writes its own file as soon as it is done and a failure ends that step alone: the next ones run, and the
-summary names what failed. Nothing but PyTorch, Triton, timm and this package is needed; FrEIA, when it is there, is a
-contender. Kernels are compiled before anything is timed.
+summary names what failed. What is right comes before what is fast, and the headline's numbers before the rest, since
+time may run out. Nothing but PyTorch, Triton, timm and this package is needed; FrEIA, when it is there, is a contender.
+Kernels are compiled before anything is timed.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,74 +34,28 @@ from cflow_fast.bench.end_to_end import ModelCase
 from cflow_fast.bench.kernel_times import time_kernels
 from cflow_fast.bench.maps import MapCase
 from cflow_fast.bench.measurement import Effort
+from cflow_fast.bench.processes import run_group
 from cflow_fast.bench.results import Results, write_results
 from cflow_fast.bench.roofline import measure_roofline
 from cflow_fast.bench.session import Session, line_up
+from cflow_fast.bench.suite import Suite, watched
 from cflow_fast.bench.tune import Finding, choose_by_measurement, in_words, table_of
 from cflow_fast.bench.tune_card import CardTimer
 from cflow_fast.bench.tune_targets import tails, targets
 from cflow_fast.bench.warm import TUNED, compile_on_all_cores
-from cflow_fast.files import write_text
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.tuning import shipped_table
 from cflow_fast.kernels.tuning_table import as_text
 
 CARD = torch.device("cuda", 0)
-RESULTS = Path(__file__).parent / "results"
+BENCH = Path(__file__).resolve().parent  # the package may be links to the checkout
+RESULTS = BENCH / "results"
 WIDE = "wide_resnet50_2"
-
-
-@dataclass
-class Suite:
-    """Where results go, how much time is left for them, and what has been found so far; kept in state.json."""
-
-    folder: Path
-    ends: float  # time.time(), which a process that takes over reads too
-    facts: dict[str, Any] = field(default_factory=dict)
-    summary: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-
-    @property
-    def seconds_left(self) -> float:
-        return self.ends - time.time()
-
-    def run(self, name: str, step: Callable[[Suite], str]) -> None:
-        """A step's own words go into the summary; it is left out when there is no time for it."""
-        if self.seconds_left < LEAST_SECONDS:
-            self.failed.append(f"{name}: no time was left")
-            return
-        began = time.time()
-        print(f"{name} ...", flush=True)
-        try:
-            words = step(self)
-        except Exception as error:  # whatever goes wrong, the other steps are worth having
-            traceback.print_exc()
-            words = f"failed: {type(error).__name__}: {error}"
-        if words.startswith("failed"):
-            self.failed.append(f"{name}: {words}")
-        self.summary.append(f"## {name}\n\n{words}\n\n*{time.time() - began:.0f} s*\n")
-
-    def store(self) -> None:
-        head = f"# {self.facts['card']}\n\n`make gpu`, torch {self.facts['torch']}, triton {self.facts['triton']}\n"
-        failures = ["## Failed\n", *(f"- {line}" for line in self.failed)] if self.failed else []
-        self.write("summary.md", "\n".join([head, *self.summary, *failures]) + "\n")
-        self.write_json("state.json", asdict(self) | {"folder": str(self.folder)})
-
-    @classmethod
-    def stored(cls, folder: Path) -> Suite:
-        state = json.loads((folder / "state.json").read_text())
-        return cls(**state | {"folder": folder})
-
-    def write(self, name: str, text: str) -> None:
-        write_text(self.folder / name, text)
-
-    def write_json(self, name: str, content: object) -> None:
-        self.write(name, json.dumps(content, indent=1) + "\n")
 
 
 def card_tests(suite: Suite) -> str:
     """Capture, streams and threads first; then determinism, formats, whole models. Parity is a step of its own."""
-    tests = Path(__file__).parents[1] / "tests" / "test_gpu.py"
+    tests = BENCH.parent / "tests" / "test_gpu.py"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=30", "-k", "not yardstick", str(tests)]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes into compiling
@@ -110,9 +63,7 @@ def card_tests(suite: Suite) -> str:
     limit = max(30.0, min(150.0, suite.seconds_left - 60))
     with (suite.folder / "tests.txt").open("w") as log:
         try:
-            code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=environment
-            ).returncode
+            code = run_group(command, limit, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         except subprocess.TimeoutExpired:
             return f"failed: not done after {limit:.0f} s; see tests.txt"
     lines = (suite.folder / "tests.txt").read_text().strip().splitlines() or ["no output"]
@@ -245,33 +196,33 @@ def tuned(suite: Suite) -> str:
 
 
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+SMALL = (sys.executable, "-m", "cflow_fast.bench.warm", "--small")
+LEAST_CHECKING, MOST_CHECKING = 20.0, 90.0
 
 
 def memory_check(suite: Suite) -> str:
-    """Small decoders under compute-sanitizer, where it is installed."""
+    """Small decoders under compute-sanitizer, where it is installed; once without it first, which compiles them."""
     tool = next((path for path in SANITIZER if _runs(path)), None)
     if tool is None:
         return "not measured: compute-sanitizer is not installed"
-    command = [
-        tool,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "cflow_fast.bench.warm",
-        "--small",
-    ]
+    # An allocation that PyTorch asks for in vain, or a query of CUDA's that fails, is no error of a kernel's.
+    checked = (tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *SMALL)
     # The allocator's own large blocks would hide most of what is out of bounds.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    limit = max(20.0, suite.seconds_left - 10)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"not measured: not done after {limit:.0f} s"
-    suite.write("sanitizer.txt", (done.stdout + done.stderr)[-20000:])
-    return "no error" if done.returncode == 0 else f"failed: exit code {done.returncode}, see sanitizer.txt"
+    uncached = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    ends = time.monotonic() + max(LEAST_CHECKING, min(MOST_CHECKING, suite.seconds_left - 10))
+    log = ""
+    for command, environment in ((SMALL, os.environ), (checked, uncached)):
+        try:
+            done = run_group(
+                command, ends - time.monotonic(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            return f"not measured: {command[0]} was not done in time"
+        log += f"$ {' '.join(command)}\n{done.stdout}"
+        suite.write("sanitizer.txt", log[-20000:])
+        if done.returncode:
+            return f"failed: exit code {done.returncode} of {command[0]}, see sanitizer.txt"
+    return "no error"
 
 
 def _runs(tool: str) -> bool:
@@ -280,8 +231,6 @@ def _runs(tool: str) -> bool:
     except OSError:
         return False
 
-
-LEAST_SECONDS = 10.0
 
 STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
     ("kernels compiled ahead", compiled),
@@ -303,8 +252,9 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="  [default: bench/results/<card>]")
 @click.option("--minutes", type=click.FloatRange(1), default=8.5, show_default=True, help="For all of it.")
+@click.option("--pack", type=click.Path(path_type=Path, dir_okay=False), help="A .tar.gz of what is in the folder.")
 @click.option("--go-on-from", type=int, default=0, hidden=True)
-def main(output: Path | None, minutes: float, go_on_from: int) -> None:
+def main(output: Path | None, minutes: float, pack: Path | None, go_on_from: int) -> None:
     """Check, then measure, on the first CUDA device."""
     if not torch.cuda.is_available():
         raise click.ClickException("there is no CUDA device here; `make aot` says what can be said without one")
@@ -312,17 +262,25 @@ def main(output: Path | None, minutes: float, go_on_from: int) -> None:
     card = torch.cuda.get_device_name(CARD)
     folder = output or RESULTS / re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    suite = Suite.stored(folder) if go_on_from else Suite(folder, time.time() + 60 * minutes, _facts(card))
-    for number, (name, step) in enumerate(STEPS):
-        if number < go_on_from:
-            continue
+    ends = time.time() + 60 * minutes
+    suite = Suite.stored(folder, pack) if go_on_from else Suite(folder, ends, _facts(card), pack=pack)
+    with watched(suite):
+        next_step = _run_steps(suite, go_on_from)
+    if next_step is not None:
+        go_on = [sys.executable, "-m", "cflow_fast.bench.gpu", "--go-on-from", str(next_step), "--output", str(folder)]
+        sys.exit(subprocess.call(go_on + (["--pack", str(pack)] if pack else [])))
+    print("\n".join([f"everything is in {folder}", *(f"FAILED {line}" for line in suite.failed)]))
+    sys.exit(1 if suite.failed else 0)
+
+
+def _run_steps(suite: Suite, first: int) -> int | None:
+    """None when all are done; else the one to go on from in another process, since this one has lost the card."""
+    for number, (name, step) in enumerate(STEPS[first:], first):
         suite.run(name, step)
         suite.store()
-        if not _card_answers():  # after an illegal access only another process can go on
-            go_on = [sys.executable, "-m", "cflow_fast.bench.gpu", "--go-on-from", str(number + 1)]
-            sys.exit(subprocess.call([*go_on, "--output", str(folder), "--minutes", str(minutes)]))
-    print((folder / "summary.md").read_text())
-    sys.exit(1 if suite.failed else 0)
+        if not _card_answers():  # after an illegal access
+            return number + 1
+    return None
 
 
 def _facts(card: str) -> dict[str, Any]:

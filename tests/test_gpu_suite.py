@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,38 +33,118 @@ def suite(tmp_path: Path) -> Suite:
     return Suite(tmp_path, time.time() + 600, dict(FACTS))
 
 
-def test_a_step_that_fails_is_told_and_the_next_ones_run(suite: Suite) -> None:
-    def broken(suite: Suite) -> str:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    for name, step in (("first", lambda suite: "fine"), ("second", broken), ("third", lambda suite: "failed: 3 of 4")):
-        suite.run(name, step)
-    suite.store()
-    text = (suite.folder / "summary.md").read_text()
-    assert "## first\n\nfine" in text
-    assert "- second: failed: RuntimeError: an illegal memory access was encountered" in text
-    assert "- third: failed: 3 of 4" in text
-
-
-def test_a_step_without_time_left_is_not_begun(suite: Suite) -> None:
-    suite.ends = time.time() + 1
-    suite.run("late", lambda suite: pytest.fail("it was begun"))
-    assert suite.failed == ["late: no time was left"]
-
-
-def test_another_process_takes_over_with_all_that_was_found(suite: Suite) -> None:
-    suite.facts["roofline"] = {"matrix": {"bf16": 1e15}}
-    suite.run("first", lambda suite: "fine")
-    suite.store()
-    assert Suite.stored(suite.folder) == suite
-
-
 def test_without_a_card_it_says_what_to_do() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     result = CliRunner().invoke(gpu.main)
     assert result.exit_code == 1
     assert "there is no CUDA device here" in result.output
+
+
+def test_make_gpu_needs_nothing_installed(tmp_path: Path) -> None:
+    """Of a checkout, by a Python that knows the other packages alone, whatever it looks for modules in first."""
+    if torch.cuda.is_available() or shutil.which("make") is None:
+        pytest.skip("there is a card, or no make")
+    checkout, python = tmp_path / "checkout", tmp_path / "python"
+    checkout.mkdir()
+    for name in ("Makefile", "cflow_fast", "kernels", "bench"):
+        (checkout / name).symlink_to(gpu.BENCH.parent / name)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # -S: no installation in development mode
+    python.chmod(0o755)
+    packages = str(Path(torch.__file__).parents[1])
+    for safe_path in ("", "1"):  # nothing to Python 3.10
+        environment = os.environ | {"PYTHONPATH": packages, "PYTHONSAFEPATH": safe_path}
+        command = ["make", "--silent", "gpu", "PYTHON=../python", "OUTPUT=results"]
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        said = done.stderr.splitlines()
+        assert said[0] == "Error: there is no CUDA device here; `make aot` says what can be said without one"
+        assert [line.split()[0] for line in said[1:]] == ["make:"]
+
+
+def test_results_are_kept_in_the_checkout() -> None:
+    assert gpu.RESULTS == gpu.BENCH / "results"
+    assert (gpu.BENCH.parent / "tests" / Path(__file__).name).samefile(__file__)
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+
+
+@pytest.mark.usefixtures("card")
+def test_steps_are_kept_one_by_one_and_a_lost_card_is_left_to_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[str]] = []
+    summary = tmp_path / "results/nvidia-h100-80gb-hbm3/summary.md"
+
+    def third(suite: Suite) -> str:
+        assert "## second\n\nfine" in summary.read_text()
+        return "failed: an illegal memory access"
+
+    steps = (("first", pytest.fail), ("second", lambda suite: "fine"), ("third", third), ("fourth", pytest.fail))
+    monkeypatch.setattr(gpu, "STEPS", (("first", lambda suite: "fine"), *steps[1:]))
+    monkeypatch.setattr(gpu, "_card_answers", lambda: not summary.exists() or "third" not in summary.read_text())
+    monkeypatch.setattr(gpu.subprocess, "call", lambda command: begun.append(command) or 1)
+    pack = tmp_path / "all.tar.gz"
+    assert CliRunner().invoke(gpu.main, ["--pack", str(pack)]).exit_code == 1
+    ((*_, number_of, number, output, folder, packing, packed),) = begun
+    assert (number_of, number) == ("--go-on-from", "3")
+    assert (output, folder, packing, packed) == ("--output", str(summary.parent), "--pack", str(pack))
+    assert pack.exists()
+
+    monkeypatch.setattr(gpu, "STEPS", (*steps[:3], ("fourth", lambda suite: "fine")))
+    monkeypatch.setattr(gpu, "_card_answers", lambda: True)
+    result = CliRunner().invoke(gpu.main, [number_of, number, output, folder])
+    assert result.exit_code == 1
+    assert "FAILED third: failed: an illegal memory access" in result.output
+    assert [line for line in summary.read_text().splitlines() if line.startswith("## ")] == [
+        *("## first", "## second", "## third", "## fourth", "## Failed")
+    ]
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One that notes how it was called and runs what it is to check."""
+    tool = tmp_path / "sanitizer"
+    tool.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*"\nshift 6\n"$@" || exit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu, "SANITIZER", ("no-such-tool", str(tool)))
+    return tool
+
+
+def test_small_decoders_run_alone_and_then_under_the_sanitizer(
+    suite: Suite, sanitizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SMALL", ("echo", "small"))
+    monkeypatch.setattr(gpu, "_runs", lambda tool: tool == str(sanitizer))
+    assert gpu.memory_check(suite) == "no error"
+    alone, under, called, again = (suite.folder / "sanitizer.txt").read_text().split("small\n")[:4]
+    assert alone == "$ echo "
+    assert under == ""
+    assert called.startswith(f"$ {sanitizer} --tool memcheck --report-api-errors no --error-exitcode 9 echo ")
+    assert again == "1 --tool memcheck --report-api-errors no --error-exitcode 9 echo "
+
+
+def test_an_error_under_the_sanitizer_fails(suite: Suite, sanitizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SMALL", ("sh", "-c", 'test -z "$PYTORCH_NO_CUDA_MEMORY_CACHING"'))
+    monkeypatch.setattr(gpu, "_runs", lambda tool: tool == str(sanitizer))
+    assert gpu.memory_check(suite) == f"failed: exit code 9 of {sanitizer}, see sanitizer.txt"
+
+
+def test_a_memory_check_without_time_or_tool_is_not_measured(
+    suite: Suite, sanitizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_runs", lambda tool: False)
+    assert "is not installed" in gpu.memory_check(suite)
+    monkeypatch.setattr(gpu, "_runs", lambda tool: True)
+    monkeypatch.setattr(gpu, "LEAST_CHECKING", 0.2)
+    monkeypatch.setattr(gpu, "SMALL", ("sleep", "60"))
+    suite.ends = time.time()
+    assert gpu.memory_check(suite) == "not measured: sleep was not done in time"
 
 
 def test_decoders_are_measured_beside_the_plain_path_and_tabled(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,122 @@
+"""A run of many steps with one end: every step's words and files are kept as soon as it is done, whatever comes next.
+
+A step that fails ends itself alone; one that hangs is ended with the process, a little after the time is over.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import tarfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cflow_fast.bench.processes import kill_groups
+from cflow_fast.files import atomic_path, write_text
+
+LEAST_SECONDS = 10.0
+"""A step is not begun with less."""
+SLACK = 15.0
+"""Seconds after the end at which a step that is still at it is given up."""
+
+STDERR = 2
+"""As it was given to the process, whatever `sys.stderr` is by now."""
+
+
+@dataclass
+class Suite:
+    """Where results go, how much time is left for them, and what has been found so far; kept in state.json."""
+
+    folder: Path
+    ends: float  # time.time(), which a process that takes over reads too
+    facts: dict[str, Any] = field(default_factory=dict)
+    summary: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    pack: Path | None = None  # an archive of the folder, made anew with every summary
+    doing: str = ""  # the step that was begun last
+
+    @property
+    def seconds_left(self) -> float:
+        return self.ends - time.time()
+
+    def run(self, name: str, step: Callable[[Suite], str]) -> None:
+        """A step's own words are told and go into the summary; it is left out when there is no time for it."""
+        if self.seconds_left < LEAST_SECONDS:
+            self.failed.append(f"{name}: no time was left")
+            return
+        self.doing, began = name, time.time()
+        print(f"{name} ...", flush=True)
+        try:
+            words = step(self)
+        except Exception as error:  # whatever goes wrong, the other steps are worth having
+            traceback.print_exc()
+            words = f"failed: {type(error).__name__}: {error}"
+        if words.startswith("failed"):
+            self.failed.append(f"{name}: {words}")
+        took = f"{time.time() - began:.0f} s"
+        print(f"{words}\n({took})\n", flush=True)
+        self.summary.append(f"## {name}\n\n{words}\n\n*{took}*\n")
+
+    def store(self) -> None:
+        head = f"# {self.facts['card']}\n\n`make gpu`, torch {self.facts['torch']}, triton {self.facts['triton']}\n"
+        failures = ["## Failed\n", *(f"- {line}" for line in self.failed)] if self.failed else []
+        self.write("summary.md", "\n".join([head, *self.summary, *failures]) + "\n")
+        kept = ("ends", "facts", "summary", "failed", "doing")
+        self.write_json("state.json", {name: getattr(self, name) for name in kept})
+        if self.pack is not None:
+            self._archive(self.pack)
+
+    @classmethod
+    def stored(cls, folder: Path, pack: Path | None = None) -> Suite:
+        state = json.loads((folder / "state.json").read_text())
+        return cls(folder, pack=pack, **state)
+
+    def write(self, name: str, text: str) -> None:
+        write_text(self.folder / name, text)
+
+    def write_json(self, name: str, content: object) -> None:
+        self.write(name, json.dumps(content, indent=1) + "\n")
+
+    def _archive(self, path: Path) -> None:
+        with atomic_path(path) as temporary:
+            files = [each for each in sorted(self.folder.iterdir()) if each.is_file()]
+            with tarfile.open(temporary, "w:gz") as archive:
+                for each in files:
+                    if each.resolve() not in (path.resolve(), temporary.resolve()):
+                        archive.add(each, f"{self.folder.name}/{each.name}")
+
+
+@contextmanager
+def watched(suite: Suite) -> Iterator[None]:
+    """Within it the process ends soon after the suite's time, with what is known stored and all that was started gone.
+
+    What holds Python's lock while it hangs stops a thread of Python's too: then, a little later, only the process ends.
+    """
+    seconds = max(0.0, suite.seconds_left) + SLACK
+    timer = threading.Timer(seconds, _give_up, [suite])
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + SLACK, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _give_up(suite: Suite) -> None:
+    try:
+        faulthandler.dump_traceback(file=STDERR)
+        suite.failed.append(f"{suite.doing}: still at it when the time was over")
+        print(f"{suite.failed[-1]}; see {suite.folder / 'summary.md'}", flush=True)
+        suite.store()
+    finally:
+        kill_groups()
+        os._exit(1)

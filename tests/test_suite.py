@@ -1,0 +1,155 @@
+"""A run of many steps: what fails, hangs or is killed costs no more than itself, and leaves nothing running."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cflow_fast.bench.processes import run_group
+from cflow_fast.bench.suite import Suite, watched
+
+FACTS = {"card": "Some Card", "torch": "2", "triton": "3"}
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path / "card", time.time() + 600, dict(FACTS), pack=tmp_path / "card.tar.gz")
+
+
+def test_a_step_that_fails_is_told_and_the_next_ones_run(suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(suite: Suite) -> str:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    for name, step in (("first", lambda suite: "fine"), ("second", broken), ("third", lambda suite: "failed: 3 of 4")):
+        suite.run(name, step)
+    suite.store()
+    text = (suite.folder / "summary.md").read_text()
+    assert "## first\n\nfine" in text
+    assert "- second: failed: RuntimeError: an illegal memory access was encountered" in text
+    assert "- third: failed: 3 of 4" in text
+    told = capsys.readouterr().out
+    assert "first ...\nfine\n(0 s)\n" in told
+    assert "third ...\nfailed: 3 of 4\n" in told
+
+
+def test_a_step_without_time_left_is_not_begun(suite: Suite) -> None:
+    suite.ends = time.time() + 1
+    suite.run("late", lambda suite: pytest.fail("it was begun"))
+    assert suite.failed == ["late: no time was left"]
+
+
+def test_another_process_takes_over_with_all_that_was_found(suite: Suite) -> None:
+    suite.facts["roofline"] = {"matrix": {"bf16": 1e15}}
+    suite.run("first", lambda suite: "fine")
+    suite.store()
+    assert Suite.stored(suite.folder, suite.pack) == suite
+
+
+def test_the_archive_holds_all_files_as_they_are_after_the_last_step(suite: Suite) -> None:
+    for words in ("fine", "fine as well"):
+        suite.write("rows.json", words)
+        suite.run(words, lambda suite: "done")
+        suite.store()
+    assert suite.pack is not None
+    with tarfile.open(suite.pack) as archive:
+        assert sorted(archive.getnames()) == ["card/rows.json", "card/state.json", "card/summary.md"]
+        packed = archive.extractfile("card/rows.json")
+        assert packed is not None
+        assert packed.read() == b"fine as well"
+
+
+def test_an_archive_inside_the_folder_does_not_hold_itself(suite: Suite) -> None:
+    suite.pack = suite.folder / "all.tar.gz"
+    for _ in range(2):
+        suite.store()
+    with tarfile.open(suite.pack) as archive:
+        assert sorted(archive.getnames()) == ["card/state.json", "card/summary.md"]
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from cflow_fast.bench import suite
+from cflow_fast.bench.processes import run_group
+
+suite.SLACK, suite.LEAST_SECONDS = 0.5, 0.0
+
+def hang(run):
+    with (run.folder / "child.txt").open("w") as log:
+        run_group(["sh", "-c", "echo $$; exec sleep 600"], 600, stdout=log)
+
+run = suite.Suite(Path(sys.argv[1]), time.time() + 3, {"card": "Some Card", "torch": "2", "triton": "3"})
+with suite.watched(run):
+    run.run("first", lambda run: "fine")
+    run.run("second", hang)
+"""
+
+
+def test_a_step_that_hangs_is_told_and_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    done = run_python(HANGING, tmp_path)
+    assert done.returncode == 1
+    assert "second: still at it when the time was over" in done.stdout
+    assert "in hang" in done.stderr
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["failed"] == ["second: still at it when the time was over"]
+    assert "## first\n\nfine" in (tmp_path / "summary.md").read_text()
+    assert is_gone(int((tmp_path / "child.txt").read_text()))
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+
+
+def is_gone(pid: int, within: float = 10.0) -> bool:
+    ends = time.monotonic() + within
+    while time.monotonic() < ends:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_watch_that_is_left_ends_nothing(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cflow_fast.bench.suite.SLACK", 0.05)
+    suite.ends = time.time()
+    with watched(suite):
+        pass
+    time.sleep(0.3)
+    assert suite.failed == []
+
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep({seconds})
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 600], ids=["ends", "takes too long"])
+def test_a_command_leaves_no_process_behind(seconds: int, tmp_path: Path) -> None:
+    command: Sequence[str] = [sys.executable, "-c", PARENT.format(seconds=seconds)]
+    with (tmp_path / "pid").open("w") as log:
+        if seconds:
+            with pytest.raises(subprocess.TimeoutExpired):
+                run_group(command, 3, stdout=log)
+        else:
+            assert run_group(command, 60, stdout=log).returncode == 0
+    assert is_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_what_a_command_says_is_told() -> None:
+    code = "import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)"
+    done = run_group([sys.executable, "-c", code], 60, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "one\n", "two\n")
