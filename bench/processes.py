@@ -21,7 +21,7 @@ def group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[s
     try:
         yield process
     finally:
-        _kill(process.pid)
+        kill_group(process)
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
@@ -38,10 +38,10 @@ def run_group(command: Sequence[str], seconds: float, **options: Any) -> subproc
 
 def kill_groups() -> None:
     """For a process that is about to end without leaving what it is in."""
-    for pid in list(_running):
-        _kill(pid)
+    for process in list(_running.values()):
+        kill_group(process)
 
 
-def _kill(pid: int) -> None:
+def kill_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):  # it ended, and left nothing
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)

@@ -15,15 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cflow_fast.bench.headline import headlines
-from cflow_fast.bench.tune_targets import Target, candidate_launches, targets
+from cflow_fast.bench.planned import planned_launches
+from cflow_fast.bench.processes import group, kill_group
+from cflow_fast.bench.tune_targets import Target, candidate_launches
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
@@ -31,8 +32,8 @@ from cflow_fast.kernels.launch import Launch
 MOST_PROCESSES = 16
 PROCESSES_BESIDE = 8
 """At most while something is timed: each has a context on the card."""
-TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 32))
-"""What the suite tunes: encoders, precisions, sizes, batches."""
+COMPILED = "compiled: "
+"""How a process that compiles a share begins a line about a kernel; what follows is why it failed, or nothing."""
 
 
 def compile_on_all_cores(seconds: float) -> str:
@@ -40,35 +41,32 @@ def compile_on_all_cores(seconds: float) -> str:
     count = min(MOST_PROCESSES, os.cpu_count() or 1)
     commands = [[sys.executable, "-m", "cflow_fast.bench.warm", str(i), str(count)] for i in range(count)]
     ends = time.monotonic() + seconds
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    kernels, stopped, wrong = 0, 0, []
-    for process in running:
-        try:
-            output, errors = process.communicate(timeout=max(1.0, ends - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            stopped += 1
-            continue
-        if process.returncode:
-            wrong.append((errors.strip().splitlines() or ["no output"])[-1])
-            continue
-        done, *failures = output.strip().splitlines()
-        kernels += int(done)
-        wrong += failures
-    words = f"{kernels} kernels in {count} processes"
+    told: list[str] = []
+    stopped, wrong = 0, []
+    with ExitStack() as stack:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        for process in [stack.enter_context(group(command, **pipes)) for command in commands]:
+            try:
+                output, errors = process.communicate(timeout=max(0.1, ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                kill_group(process)
+                output, errors = process.communicate()
+                stopped += 1
+            else:
+                if process.returncode:
+                    wrong.append((errors.strip().splitlines() or ["no output"])[-1])
+            told += [line.removeprefix(COMPILED) for line in output.splitlines() if line.startswith(COMPILED)]
+    wrong += filter(None, told)
+    words = f"{told.count('')} kernels in {count} processes"
     words += f"; {stopped} processes did not finish in {seconds:.0f} s" if stopped else ""
     return f"failed: {len(wrong)} of them, the first: {wrong[0]}; {words}" if wrong else words
 
 
 def compile_share(share: int, of: int) -> Iterator[str]:
-    """How many kernels were compiled, then a line for each that could not be."""
+    """For each of a share of the kernels, once it is compiled, why it could not be, or nothing."""
     chip = Chip.of(torch.device("cuda", 0))
-    distinct = {_binary_key(launch): launch for launch in _measured_launches(chip)}
-    mine = list(distinct.values())[share::of]
-    failures = list(filter(None, map(_compile, mine)))
-    yield str(len(mine) - len(failures))
-    yield from failures
+    distinct = {_binary_key(launch): launch for launch in planned_launches(chip)}  # in the order of their first use
+    yield from map(_compile, list(distinct.values())[share::of])
 
 
 @contextmanager
@@ -109,17 +107,6 @@ def compile_candidates(wanted: Sequence[Target], chip: Chip, share: int, of: int
         if key not in seen and len(seen) % of == share:
             _compile(launch)
         seen.add(key)
-
-
-def _measured_launches(chip: Chip) -> Iterator[Launch]:
-    """What the suite is going to launch: features in fp32 as the benchmark's cases have them, and as encoders give."""
-    wide, narrow = ("wide_resnet50_2",), ("resnet18", "mobilenetv3_large_100")
-    for encoders, size, batches in ((wide, 256, (1, 8, 32)), (narrow, 256, (1, 32)), (wide, 512, (1, 8))):
-        for line in headlines(encoders, sizes=(size,), batches=batches):
-            yield from replace(line, channels_last=False).launches(chip)
-            if size == 256:
-                yield from line.launches(chip)
-    yield from candidate_launches(targets(*TUNED), chip)
 
 
 def _binary_key(launch: Launch) -> object:
@@ -171,4 +158,5 @@ if __name__ == "__main__":
         read = [Target(**fields) for fields in json.load(sys.stdin)]
         compile_candidates(read, Chip.of(torch.device(sys.argv[4])), int(sys.argv[2]), int(sys.argv[3]))
     else:
-        print(*compile_share(int(sys.argv[1]), int(sys.argv[2])), sep="\n")
+        for reason in compile_share(int(sys.argv[1]), int(sys.argv[2])):
+            print(f"{COMPILED}{reason}", flush=True)

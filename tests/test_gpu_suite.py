@@ -8,19 +8,24 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from cflow_fast.bench import gpu, kernel_times, warm
+from cflow_fast import parity
+from cflow_fast.bench import gpu, kernel_times
 from cflow_fast.bench.cases import DecoderCase, Scales
 from cflow_fast.bench.compiled import Compiled, Loop
 from cflow_fast.bench.contenders import PLAIN
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.gpu import Suite
 from cflow_fast.bench.headline import Headline, tail_launches
+from cflow_fast.bench.planned import FIRST_SIZES, OTHER_SIZES
 from cflow_fast.kernels.chip import Chip
 
 CPU = torch.device("cpu")
@@ -165,6 +170,50 @@ def gpu_effort(seconds: float) -> object:
     return Effort(seconds=seconds, least_rounds=6)
 
 
+def small_case(features: int, permute_soft: bool, device: torch.device) -> parity.Case:
+    return parity.random_case(features, permute_soft, condition=8, size=(1, 8, 8))
+
+
+def test_parity_keeps_and_counts_what_was_compared_before_the_time_was_over(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 0.0, 1.0, 200.0])
+    monkeypatch.setattr(parity, "failures", lambda kind, ours, theirs: [])
+    monkeypatch.setattr(gpu, "parity", SimpleNamespace(check=parity.check, random_case=small_case, Row=parity.Row))
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    words = gpu._parity(suite, "parity.json", (8, 12))
+    rows = json.loads((suite.folder / "parity.json").read_text())
+    assert {row["case"].split(",")[0] for row in rows} == {"D=8 hard", "D=8 soft"}
+    assert words == f"{len(rows)} comparisons with float64 within their bounds; 2 of 4 decoders, for want of time"
+
+
+def test_parity_names_what_is_out_of_bounds(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(case: parity.Case) -> Iterator[parity.Row]:
+        yield replace(next(iter(parity.check(case))), failures=["maximum is 3, over 2"])
+
+    monkeypatch.setattr(gpu, "parity", SimpleNamespace(check=check, random_case=small_case, Row=parity.Row))
+    words = gpu._parity(suite, "parity.json", (8,))
+    assert words.startswith("failed: D=8 hard")
+    assert words.count("fp32: maximum is 3, over 2") == 2
+
+
+def test_what_was_compared_before_a_failure_is_kept(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(case: parity.Case) -> Iterator[parity.Row]:
+        yield next(iter(parity.check(case)))
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(gpu, "parity", SimpleNamespace(check=check, random_case=small_case, Row=parity.Row))
+    suite.run("parity", lambda suite: gpu._parity(suite, "parity.json", (8,)))
+    assert len(json.loads((suite.folder / "parity.json").read_text())) == 1
+    assert suite.failed == ["parity: failed: RuntimeError: an illegal memory access"]
+
+
+def test_what_is_right_is_found_out_before_what_is_fast() -> None:
+    names = [name for name, _ in gpu.STEPS]
+    assert names[:3] == ["kernels compiled ahead", "tests on the card", "parity, first sizes"]
+    assert sorted((*FIRST_SIZES, *OTHER_SIZES)) == sorted(parity.SIZES)
+
+
 def test_cases_without_time_are_counted(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CARD", CPU)
     suite.ends = time.time() + 15
@@ -210,28 +259,3 @@ def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, tuple):
         return [tensor for part in value for tensor in _tensors(part)]
     return [value] if isinstance(value, torch.Tensor) else []
-
-
-@pytest.fixture
-def two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launches of one decoder at two sizes of image, on an H100."""
-    lines = [Headline("resnet18", 2, 512, "soft", "bf16", size, 1) for size in (256, 512)]
-    launches = [launch for line in lines for launch in line.launches(Chip())]
-    monkeypatch.setattr(warm, "_measured_launches", lambda chip: launches)
-    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: Chip()))
-
-
-@pytest.mark.usefixtures("two_sizes")
-def test_every_binary_is_compiled_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[object] = []
-    monkeypatch.setattr(warm, "_compile", lambda launch: compiled.append(warm._binary_key(launch)) or "")
-    counts = [int(next(iter(warm.compile_share(share, 3)))) for share in range(3)]
-    assert sum(counts) == len(compiled) == len(set(compiled))
-
-
-@pytest.mark.usefixtures("two_sizes")
-def test_a_kernel_that_cannot_be_compiled_is_a_line_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "_compile", lambda launch: "linear_kernel: CompilationError: ['no']")
-    count, *failures = warm.compile_share(0, 1)
-    assert count == "0"
-    assert failures

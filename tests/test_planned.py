@@ -1,0 +1,77 @@
+"""What is compiled beforehand is what the steps of `make gpu` launch: no binary is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cflow_fast import parity
+from cflow_fast.bench.cases import ENCODERS, rough_decoder
+from cflow_fast.bench.planned import FIRST_SIZES, planned_launches
+from cflow_fast.bench.warm import _binary_key
+from cflow_fast.kernels import torch_flow, tuning
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.torch_flow import TorchFlow
+from cflow_fast.kernels.triton_flow import TritonFlow
+from cflow_fast.ops import KERNEL_PRECISIONS
+from cflow_fast.positional import encoding_factors
+
+
+@pytest.fixture(autouse=True)
+def no_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CFLOW_FAST_CACHE", str(tmp_path))
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[object]:
+    """The binaries of what is launched, which nothing runs."""
+    keys: set[object] = set()
+    monkeypatch.setattr(torch_flow, "CPU_CHUNK_ROWS", torch_flow.GPU_CHUNK_ROWS)
+    monkeypatch.setattr(Launch, "run", lambda launch: keys.add(_binary_key(launch)))
+    return keys
+
+
+@pytest.fixture(scope="module")
+def compiled() -> set[object]:
+    return set(map(_binary_key, planned_launches(Chip())))
+
+
+@pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("features", [*FIRST_SIZES, 41])
+def test_nothing_is_left_to_compile_while_decoders_are_compared(
+    features: int, permute_soft: bool, launched: set[object], compiled: set[object]
+) -> None:
+    """Both ways, in every precision of a card."""
+    case = parity.random_case(features, permute_soft)
+    encoding = encoding_factors(128, *case.features.shape[2:])
+    for precision in ("fp32", "tf32x3", "tf32", "bf16"):
+        folded = case.decoder.fold("bf16" if precision == "bf16" else "fp32")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        for flow in (
+            TritonFlow(folded.weights, KERNEL_PRECISIONS[precision]),
+            TorchFlow(folded.weights, dtype, packed=False, fused=True),
+        ):
+            flow.log_prob_map(case.features, encoding)
+    assert launched
+    assert launched <= compiled
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("bf16", torch.float32), ("fp32", None)])
+def test_nor_while_whole_models_are_timed_and_judged(
+    precision: str, dtype: torch.dtype | None, launched: set[object], compiled: set[object]
+) -> None:
+    scales = ENCODERS["resnet18"]
+    for features, side in zip(scales.channels, scales.sides(256), strict=True):
+        folded = rough_decoder(features, 128, 8, permute_soft=False).fold(precision)
+        maps = torch.randn(1, features, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        flow = TritonFlow(folded.weights, KERNEL_PRECISIONS[precision])
+        flow.log_prob_map(maps, encoding_factors(128, side, side))
+    assert launched
+    assert launched <= compiled
