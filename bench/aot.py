@@ -9,10 +9,13 @@ it prints what the machine code lets expect of the decoders (see `prediction`), 
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,14 +110,23 @@ def _compile(index: int) -> Compiled | str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def compile_all(kernels: Sequence[Kernel], processes: int | None = None) -> Iterator[Compiled | str]:
-    """In order, on all cores if nothing else is said; a string is why a kernel could not be compiled."""
+def compile_all(
+    kernels: Sequence[Kernel], processes: int | None = None, until: float = math.inf
+) -> Iterator[Compiled | str]:
+    """In order, on all cores if nothing else is said; a string is why a kernel could not be compiled.
+
+    until: time.monotonic() from which on nothing is waited for.
+    """
     global _work
     _work = kernels  # workers are forked: a kernel cannot be pickled, its place in a list can
+    gc.collect()  # by a worker, what is garbage here would be given back to a card that is not its own
     with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
-        results = pool.imap(_compile, range(len(kernels)))
-        for _ in kernels:
-            yield results.next(timeout=LONGEST_COMPILATION)
+        results = [pool.apply_async(_compile, (index,)) for index in range(len(kernels))]
+        for result in results:
+            try:
+                yield result.get(max(0.0, min(LONGEST_COMPILATION, until - time.monotonic())))
+            except multiprocessing.TimeoutError:  # it hangs, or took its process with it
+                yield "it was not compiled in time"
 
 
 def predicted(lines: Iterable[Headline], found: dict[Key, Compiled], card: Card) -> Iterator[dict[str, Any]]:

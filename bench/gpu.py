@@ -121,9 +121,8 @@ def _parity(suite: Suite, name: str, sizes: Sequence[int]) -> str:
 def kernels(suite: Suite) -> str:
     """Every launch of the wide decoders alone, beside its prediction and its floors."""
     seconds = min(60.0, suite.seconds_left - 30)
-    rows, table = time_kernels(CARD, suite.facts.get("roofline"), until=time.monotonic() + seconds)
-    suite.write_json("kernels.json", rows)
-    return table
+    until = time.monotonic() + seconds
+    return time_kernels(CARD, suite.facts.get("roofline"), until, lambda rows: suite.write_json("kernels.json", rows))
 
 
 def wide_decoders(suite: Suite) -> str:

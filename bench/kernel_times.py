@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +15,24 @@ from cflow_fast.bench.aot import Kernel, compile_all, compile_key
 from cflow_fast.bench.compiled import Compiled
 from cflow_fast.bench.headline import Headline, headlines
 from cflow_fast.bench.measurement import Run, clock
+from cflow_fast.bench.peers import first_line
 from cflow_fast.bench.prediction import CARDS, Card, predict
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.whole_flow import ARRAYS
 
 CAPABILITY = 90
 """Predictions are counted from machine code for Hopper cards."""
 REPEATS, ROUNDS = 40, 7
 """Launches in one captured graph, and how often it is replayed; the median counts."""
+COMPILING = 0.3
+"""Share of the time that is left for the predictions, which need every kernel's machine code."""
+WEIGHTS = {
+    "linear_kernel": ("w_ptr",),
+    "coupling_kernel": ("w_ptr",),
+    "whole_flow_kernel": tuple(f"{name}_ptr" for name in ARRAYS),
+}
+"""What a kernel reads that belongs to one block, or to one whole decoder."""
 
 
 @dataclass(frozen=True)
@@ -29,31 +40,48 @@ class Timed:
     line: Headline
     launch: Launch
     count: int  # how often the decoder makes it
-    seconds: float
+    seconds: float | str  # or why there are none
+
+
+Rows = list[dict[str, Any]]
 
 
 def time_kernels(
-    device: torch.device, roofline: dict[str, Any] | None, until: float
-) -> tuple[list[dict[str, Any]], str]:
-    """Rows for JSON and a Markdown table. Until: time.monotonic() at which it stops with what it has."""
+    device: torch.device, roofline: dict[str, Any] | None, until: float, keep: Callable[[Rows], None]
+) -> str:
+    """A Markdown table, "failed" and why before it where a launch did. until: time.monotonic() at which it is done.
+
+    keep: is given the rows for JSON, before there are predictions and with them.
+    """
     card = _card(torch.cuda.get_device_name(device), roofline)
     lines = list(headlines(("wide_resnet50_2",), ("bf16", "tf32", "ieee"), (256,), (1, 32)))
-    timed = list(_timed(lines, device, until))
+    now = time.monotonic()
+    timed = list(_timed(lines, device, now + (1 - COMPILING) * (until - now)))
+    keep([_row(each, "not yet", card) for each in timed])
     keys = [compile_key(each.launch, CAPABILITY) for each in timed]
     distinct = {key: Kernel(each.launch, CAPABILITY) for key, each in zip(keys, timed, strict=True)}
-    compiled = dict(zip(distinct, compile_all(list(distinct.values())), strict=True))
+    compiled = dict(zip(distinct, compile_all(list(distinct.values()), until=until), strict=True))
     rows = [_row(each, compiled[key], card) for each, key in zip(timed, keys, strict=True)]
-    return rows, _table(rows)
+    keep(rows)
+    wrong = [each.seconds for each in timed if isinstance(each.seconds, str)]
+    failures = f"failed: {len(wrong)} of {len(timed)} launches, the first: {wrong[0]}\n\n" if wrong else ""
+    return failures + _table(rows)
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: Rows) -> str:
     lines = ["| decoder | kernel | us | times | TFLOP/s | of its floor | predicted us | bound |", "|" + " --- |" * 8]
     for row in rows:
-        cells = [row["decoder"], row["kernel"], f"{row['microseconds']:.1f}", str(row["count"])]
+        microseconds = row["microseconds"]
+        cells = [
+            row["decoder"],
+            row["kernel"],
+            "" if microseconds is None else f"{microseconds:.1f}",
+            str(row["count"]),
+        ]
         if "why" in row:
-            cells += ["", "", "not counted", row["why"]]
+            cells += ["", "", "not counted" if microseconds else "not measured", row["why"]]
         else:
-            of_floor = row["floor_microseconds"] / row["microseconds"]
+            of_floor = row["floor_microseconds"] / microseconds
             cells += [f"{row['tflops']:.0f}", f"{of_floor:.0%}", f"{row['predicted_microseconds']:.1f}", row["bound"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -82,7 +110,14 @@ def _timed(lines: list[Headline], device: torch.device, until: float) -> Iterato
         for same in counted.values():
             if time.monotonic() > until:
                 return
-            yield Timed(line, same[0], len(same), launch_seconds(on_device(same[0], device), device))
+            yield Timed(line, same[0], len(same), _seconds_or_reason(same[0], device))
+
+
+def _seconds_or_reason(launch: Launch, device: torch.device) -> float | str:
+    try:
+        return launch_seconds(on_device(launch, device), device)
+    except Exception as error:  # one bad launch costs its own time alone
+        return first_line(error)
 
 
 def _numbers(launch: Launch) -> tuple[object, ...]:
@@ -138,32 +173,60 @@ def _memory(meta: Tensor, device: torch.device) -> Tensor:
 
 
 def launch_seconds(launch: Launch, device: torch.device) -> float:
-    """Median seconds of one launch among others like it in a captured graph."""
-    replay = captured(launch.run, device, REPEATS)
+    """Median seconds of one launch among others like it in a captured graph, its weights from memory.
+
+    In a decoder every launch has weights of its own, and a wide one's are more than the L2 cache holds. So the launches
+    take turns over as many copies of them; what else a launch reads was just written in a decoder, and is in the cache
+    here, too.
+    """
+    launches = with_weights_apart(launch, _l2_bytes(device))
+
+    def run() -> None:
+        for i in range(REPEATS):
+            launches[i % len(launches)].run()
+
+    replay = captured(run, device)
     seconds_of = clock(device)
     replay()
     return sorted(seconds_of(replay) for _ in range(ROUNDS))[ROUNDS // 2] / REPEATS
 
 
-def captured(run: Run, device: torch.device, repeats: int = 1) -> Run:
-    """The replay of a CUDA graph in which it runs so many times, after it ran once outside of it."""
+def with_weights_apart(launch: Launch, l2_bytes: int) -> list[Launch]:
+    """The same launch as often as its weights fill twice an L2 cache of so many bytes, with copies of them each."""
+    weights = {
+        name: value for name in WEIGHTS.get(launch.kernel.__name__, ()) if (value := launch.args[name]) is not None
+    }
+    size = sum(value.nbytes for value in weights.values())
+    count = min(REPEATS, max(1, math.ceil(2 * l2_bytes / size))) if size else 1
+    copies = [{name: value.clone() for name, value in weights.items()} for _ in range(count - 1)]
+    return [launch, *(replace(launch, args=launch.args | copy) for copy in copies)]
+
+
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def captured(run: Run, device: torch.device) -> Run:
+    """The replay of a CUDA graph in which it runs, after it ran once outside of it."""
     run()
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(repeats):
-            run()
+        run()
     return graph.replay
 
 
 def _row(timed: Timed, code: Compiled | str, card: Card) -> dict[str, Any]:
+    """code: a string is why there is no prediction."""
     row: dict[str, Any] = {
         "decoder": f"{timed.line.decoders}, D {timed.line.features}",
         "kernel": Kernel(timed.launch, CAPABILITY).name,
         "count": timed.count,
-        "microseconds": 1e6 * timed.seconds,
     }
+    if isinstance(timed.seconds, str):
+        return row | {"microseconds": None, "why": timed.seconds}
+    row["microseconds"] = 1e6 * timed.seconds
     if isinstance(code, str):
         return row | {"why": code}
     prediction = predict(timed.launch, code, card)

@@ -59,7 +59,7 @@ class Suite:
             traceback.print_exc()
             words = f"failed: {type(error).__name__}: {error}"
         if words.startswith("failed"):
-            self.failed.append(f"{name}: {words}")
+            self.failed.append(f"{name}: {words.splitlines()[0]}")
         took = f"{time.time() - began:.0f} s"
         print(f"{words}\n({took})\n", flush=True)
         self.summary.append(f"## {name}\n\n{words}\n\n*{took}*\n")

@@ -18,19 +18,15 @@ import torch
 from click.testing import CliRunner
 
 from cflow_fast import parity
-from cflow_fast.bench import gpu, kernel_times
+from cflow_fast.bench import gpu
 from cflow_fast.bench.cases import DecoderCase, Scales
-from cflow_fast.bench.compiled import Compiled, Loop
 from cflow_fast.bench.contenders import PLAIN
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.gpu import Suite
-from cflow_fast.bench.headline import Headline, tail_launches
 from cflow_fast.bench.planned import FIRST_SIZES, OTHER_SIZES
-from cflow_fast.kernels.chip import Chip
 
 CPU = torch.device("cpu")
 FACTS = {"card": "Some Card", "torch": "2", "triton": "3"}
-CODE = Compiled(128, 65536, 0, 700, (Loop(100, 0, 4, 0, 0),), False)
 
 
 @pytest.fixture
@@ -219,43 +215,3 @@ def test_cases_without_time_are_counted(suite: Suite, monkeypatch: pytest.Monkey
     suite.ends = time.time() + 15
     case = DecoderCase("tiny", Scales((16,), (8,)), 64, 1, "soft", coupling_blocks=1, condition=8)
     assert "1 cases were left out" in gpu._measured(suite, "tiny.json", CONTENDERS, [case], [PLAIN], ["fp32"])
-
-
-def test_launches_are_timed_beside_their_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = Headline("resnet18", 2, 512, "hard", "bf16", 256, 1)
-    monkeypatch.setattr(kernel_times, "headlines", lambda *args: [line])
-    monkeypatch.setattr(kernel_times, "launch_seconds", lambda launch, device: 1e-5)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    codes = [CODE, "the compiler said no"]
-    monkeypatch.setattr(kernel_times, "compile_all", lambda kernels: [codes[i % 2] for i in range(len(kernels))])
-    rates = {"matrix": {"fp32": 5e13, "tf32": 4e14, "bf16": 8e14}, "copy": 3e12, "l2_shared": 6e12, "l2_own": 5e12}
-    rows, table = kernel_times.time_kernels(CPU, rates, until=time.monotonic() + 60)
-    assert sum(row["count"] for row in rows) == len(line.launches(Chip()))
-    assert {"why" in row for row in rows} == {True, False}
-    assert len(table.splitlines()) == 2 + len(rows)
-    assert "the compiler said no" in table
-
-
-def test_launches_get_memory_of_their_own_and_indices_that_are_permutations() -> None:
-    wide, narrow = (
-        Headline("resnet18", 2, 512, "hard", "bf16", 256, 1),
-        Headline("resnet18", 0, 64, "hard", "bf16", 256, 1),
-    )
-    for launch in (*wide.launches(Chip()), *narrow.launches(Chip()), *tail_launches(batches=(1,))):
-        real = kernel_times.on_device(launch, CPU)
-        for name, value in real.args.items():
-            for part, meta in zip(_tensors(value), _tensors(launch.args[name]), strict=True):
-                assert part.device == CPU
-                assert (part.shape, part.stride()) == (meta.shape, meta.stride())
-                if "index" in name and part.dim() == 1:
-                    assert part.unique().numel() == part.numel()
-                elif "index" in name:
-                    for block in part:
-                        passive, active = block[0, : real.constexprs["PASSIVE"]], block[1, : real.constexprs["ACTIVE"]]
-                        assert sorted([*passive.tolist(), *active.tolist()]) == list(range(64))
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, tuple):
-        return [tensor for part in value for tensor in _tensors(part)]
-    return [value] if isinstance(value, torch.Tensor) else []
