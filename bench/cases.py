@@ -106,7 +106,11 @@ class DecoderCase:
         return self.batch
 
     def flop(self) -> float | None:
-        """The work that is left after the exact folds, in FLOP: no condition, no last permutation."""
+        """The work that is left after the exact folds, in FLOP: no condition, no last permutation.
+
+        One count for every contender and precision, so that shares of a device's rate compare times. What the
+        cosine-sine fold saves of a soft permutation is not taken off: it shows as a share that may pass 100%.
+        """
         rows = self.scales.rows(self.size, self.batch)
         kind = (self.coupling_blocks, self.condition, self.permutations == "soft")
         return sum(decoder_flop(d, n, *kind) for d, n in zip(self.scales.channels, rows, strict=True))

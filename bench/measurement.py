@@ -178,7 +178,8 @@ def _rank(count: int) -> int:
 def working_memory(run: Run, device: torch.device) -> int | None:
     """Bytes that one call needs at its peak beyond what was held before it; None where that cannot be measured.
 
-    On a GPU by PyTorch's allocator, on Linux by the process's peak resident memory.
+    On a GPU by PyTorch's allocator, on Linux by the process's peak resident memory. A graph's replay allocates nothing:
+    what it needs is held from its capture on, see `graph_memory`.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -194,6 +195,20 @@ def working_memory(run: Run, device: torch.device) -> int | None:
         return max(0, _resident("VmHWM") - before)
     except OSError:
         return None
+
+
+def graph_memory(device: torch.device) -> int:
+    """Bytes that captured CUDA graphs hold for what lies between their inputs and outputs; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # a graph that is gone leaves its memory to this
+    held = (s for s in torch.cuda.memory_snapshot() if s["device"] == device.index or device.index is None)
+    return sum(s["total_size"] for s in held if s.get("segment_pool_id", SHARED_POOL) != SHARED_POOL)
+
+
+SHARED_POOL = (0, 0)
+"""Of the segments of memory that belong to no graph."""
 
 
 def _resident(name: str) -> int:

@@ -68,7 +68,7 @@ class Row:
     images_per_second: float | None = None
     tflops: float | None = None  # the case's counted work over the median
     share_of_peak: float | None = None  # of the device's measured matrix rate in this precision
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None  # of a call, beyond weights; what a captured graph holds for it counts
     model_bytes: int | None = None
     error_max: float | None = None  # error_max, error_rms: of log p / D (bench map: of the map) against float64
     error_rms: float | None = None

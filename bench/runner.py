@@ -18,6 +18,7 @@ from cflow_fast.bench.measurement import (
     Effort,
     Track,
     clock,
+    graph_memory,
     ratio_of,
     summarize,
     take_turns,
@@ -57,6 +58,7 @@ class _Runner:
     judgement: Judgement | None = None
     track: Track | None = None
     prepare_seconds: float = 0.0
+    captured: int = 0  # bytes that its graphs hold
     memory: int | None = None
     status: str = "ok"
     note: str = ""
@@ -116,11 +118,13 @@ def _prepare_all(case: Case, work: Any, runners: Sequence[_Runner], on_progress:
         on_progress(f"building {entrant.name}", 0.0)
         try:
             entrant.contender.check(entrant.precision, case.device)
+            held = graph_memory(case.device)
             began = time.perf_counter()
             runner.built = entrant.contender.build(work, entrant.precision)
             runner.built.run()
             runner.prepare_seconds = time.perf_counter() - began
             runner.built.run()
+            runner.captured = max(0, graph_memory(case.device) - held)
             if yardstick is not None:
                 runner.judgement = yardstick.judge(entrant.contender.name, entrant.precision, runner.built)
         except Exception as error:  # a contender's code may raise anything; it becomes its row
@@ -160,7 +164,8 @@ def _measure_memory(runner: _Runner, device: torch.device) -> None:
     if runner.built is None or not runner.is_timed:
         return
     try:
-        runner.memory = working_memory(runner.built.run, device)
+        memory = working_memory(runner.built.run, device)
+        runner.memory = None if memory is None else memory + runner.captured
     except Exception as error:  # as above
         runner.fail(error)
 

@@ -16,6 +16,7 @@ from cflow_fast.bench.measurement import (
     Effort,
     Track,
     clock,
+    graph_memory,
     matrix_rate,
     median_interval,
     ratio_of,
@@ -153,3 +154,15 @@ def test_working_memory_is_what_a_call_needs_at_its_peak() -> None:
     again = working_memory(twice, CPU)
     assert again is not None
     assert 0.9 * size < again < 1.5 * size
+
+
+def test_what_graphs_hold_is_counted_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the pool that all share, nor a graph that is gone, nor another card's."""
+    pools = [(0, 0, (0, 0)), (0, 1, (0, 1)), (0, 2, (3, 0)), (1, 4, (0, 1)), (0, 8, (0, 2))]
+    segments = [{"device": d, "total_size": size, "segment_pool_id": pool} for d, size, pool in pools]
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: segments.pop())
+    assert graph_memory(card) == 3
+    assert graph_memory(CPU) == 0

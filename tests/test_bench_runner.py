@@ -49,6 +49,15 @@ def test_a_row_has_time_throughput_memory_and_error() -> None:
     assert mine.extra["speedups"]["freia fp32"]["median"] == mine.speedup.median
 
 
+def test_what_a_graph_holds_belongs_to_the_memory_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay allocates no more than its results; what others' graphs hold is theirs."""
+    held = iter([100, 100 + 4096, 4196, 4196])
+    monkeypatch.setattr("cflow_fast.bench.runner.graph_memory", lambda device: next(held))
+    monkeypatch.setattr("cflow_fast.bench.runner.working_memory", lambda run, device: 24)
+    captured, eager = rows_of(CONTENDERS["freia"])
+    assert (captured.peak_memory_bytes, eager.peak_memory_bytes) == (4096 + 24, 24)
+
+
 def test_share_is_of_the_best_matrix_rate_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate that other work disturbed is mended by a later one, for rows that are there already too."""
     rates = iter([1e12, 4e12, 2e12])

@@ -27,6 +27,14 @@ def test_regions_hold_a_whole_number_of_blocks() -> None:
         assert size % (4 * roofline.BLOCK) == 0
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_reads_take_much_longer_than_a_launch_and_stay_in_half_of_the_cache(shared: bool) -> None:
+    programs, fastest, before_it_begins, half_of_the_cache = 2 * 132, 10e12, 40e-6, 25e6
+    launch = read_launch(CPU, programs, shared)
+    assert bytes_read(launch) / fastest > 50 * before_it_begins
+    assert launch.args["x_ptr"].nbytes < half_of_the_cache
+
+
 def test_a_cpu_has_matrix_and_copy_rates_and_no_l2_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "matrix_rate", lambda precision, device: 1e9)
     found = measure_roofline(CPU, copy_bytes=1 << 16)
