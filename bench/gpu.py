@@ -141,7 +141,13 @@ def _decoders(suite: Suite, name: str, encoders: list[str], sizes: list[int], ba
     cases = grid(DecoderCase, encoders, ("soft", "hard"), sizes, batches, CARD)
     precisions = [p for p in ("fp32", "bf16", "tf32", "tf32x3") if p in device_precisions(CARD)]
     against = ["freia", PLAIN] if is_installed("FrEIA") else [PLAIN]
-    return _measured(suite, name, decoder.CONTENDERS, cases, against, precisions)
+    return f"{_measured(suite, name, decoder.CONTENDERS, cases, against, precisions)}\n\n{SHARES}"
+
+
+SHARES = (
+    "Shares of the matrix rate count a soft permutation as a whole matrix: what its rotation saves raises them. The "
+    "kernels' own table counts what each of them multiplies."
+)
 
 
 def anomaly_maps(suite: Suite) -> str:
