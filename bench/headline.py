@@ -12,16 +12,17 @@ from cflow_fast.bench.cases import BATCHES, ENCODERS, SIZES
 from cflow_fast.bench.specimens import META, specimen_weights
 from cflow_fast.kernels.anomaly_tail import plan_tail
 from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.phase_weights import PhaseWeights
 from cflow_fast.kernels.phases import Phases
 from cflow_fast.kernels.pointwise import coupled_launch, rotated_launch
-from cflow_fast.kernels.rows import map_rows
+from cflow_fast.kernels.rows import loose_rows, map_rows
 from cflow_fast.kernels.torch_flow import PositionalTables
 from cflow_fast.kernels.triton_flow import chunks
 from cflow_fast.kernels.tuning import select_tail, select_whole_flow
 from cflow_fast.kernels.weights import FlowWeights, HardMixing
-from cflow_fast.kernels.whole_flow import map_launch
+from cflow_fast.kernels.whole_flow import map_launch, rows_launch
 from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
 
 PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
@@ -82,6 +83,19 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
         one, two = (_meta(rows.count) for _ in range(2))
         launches += Phases(prepared, rows.count, chip).launches(rows, positions, one, two)
     return launches
+
+
+def rows_launches(weights: FlowWeights, z: Tensor, condition: Tensor, precision: str, chip: Chip) -> list[Launch]:
+    """The same for loose feature vectors (N, D) under a condition (N, C) each, u included."""
+    log_prob, log_det = (_meta(len(z)) for _ in range(2))
+    hard = isinstance(weights.mixing, HardMixing)
+    config = select_whole_flow(chip, weights.features, len(z), precision, own_condition=True, hard=hard)
+    if config is not None:
+        whole = WholeFlowWeights.prepare(weights, precision)
+        out = FlowResult(log_prob, log_det, _meta(*z.shape))
+        return [rows_launch(z, whole.operands(condition), whole, out, config)]
+    phases = Phases(PhaseWeights.prepare(weights, precision), len(z), chip)
+    return list(phases.launches(loose_rows(z), condition, log_prob, log_det, want_u=True))
 
 
 def headlines(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast import parity
-from cflow_fast.bench.headline import Headline, decoder_launches, headlines, tail_launches
+from cflow_fast.bench.headline import Headline, decoder_launches, headlines, rows_launches, tail_launches
 from cflow_fast.bench.specimens import META, specimen_weights
 from cflow_fast.bench.tune_targets import candidate_launches, targets
 from cflow_fast.kernels.chip import Chip
@@ -23,7 +23,12 @@ not."""
 OTHER_SIZES = tuple(features for features in parity.SIZES if features not in FIRST_SIZES)
 TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 32))
 """What the suite tunes: encoders, precisions, sizes, batches."""
+CONDITION = 128
 WIDE, NARROW = ("wide_resnet50_2",), ("resnet18", "mobilenetv3_large_100")
+SMALL_FEATURES, SMALL_BLOCKS, SMALL_ROWS = (41, 64, 160, 320), 2, 5
+SMALL_PRECISIONS = ("fp32", "tf32", "bf16")
+SMALL_MAPS = ((1, 7, 8), (2, 16, 17))
+"""Decoders of every kind for a memory checker, on maps (B, H, W) that end inside a tile and on loose rows."""
 BLOCK_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 """Of the plain path between its products: what a product gave, and the state."""
 
@@ -41,6 +46,7 @@ def planned_launches(chip: Chip) -> Iterator[Launch]:
     yield from _decoders(WIDE, 512, (1, 8), chip)
     yield from _decoders(NARROW, 256, (1, 32), chip)
     yield from _whole_models((*WIDE, "resnet18"), 256, (1, 32), chip)
+    yield from _small(chip)
 
 
 def _decoders(encoders: tuple[str, ...], size: int, batches: tuple[int, ...], chip: Chip) -> Iterator[Launch]:
@@ -69,15 +75,29 @@ def _whole_models(encoders: tuple[str, ...], size: int, batches: tuple[int, ...]
             yield from _on(_maps(line), line.permutations, line.precision, chip)
 
 
+def _small(chip: Chip) -> Iterator[Launch]:
+    for features in SMALL_FEATURES:
+        z, condition = _empty(SMALL_ROWS, features), _empty(SMALL_ROWS, CONDITION)
+        for soft in (False, True):
+            for precision in map(KERNEL_PRECISIONS.__getitem__, SMALL_PRECISIONS):
+                weights = specimen_weights(features, soft, _storage(precision), CONDITION, SMALL_BLOCKS)
+                for batch, height, width in SMALL_MAPS:
+                    yield from decoder_launches(weights, _empty(batch, features, height, width), precision, chip)
+                yield from rows_launches(weights, z, condition, precision, chip)
+
+
 def _maps(line: Headline) -> Tensor:
     maps = torch.empty(line.batch, line.features, line.side, line.side, device=META)
     return maps.contiguous(memory_format=torch.channels_last)
 
 
 def _on(maps: Tensor, permutations: str, precision: str, chip: Chip) -> list[Launch]:
-    storage = torch.bfloat16 if precision == "bf16" else torch.float32
-    weights = specimen_weights(maps.shape[1], permutations == "soft", storage)
+    weights = specimen_weights(maps.shape[1], permutations == "soft", _storage(precision))
     return decoder_launches(weights, maps, precision, chip)
+
+
+def _storage(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _pointwise(features: int, rows: int) -> Iterator[Launch]:

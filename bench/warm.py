@@ -22,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cflow_fast.bench.planned import planned_launches
+from cflow_fast.bench.planned import (
+    CONDITION,
+    SMALL_BLOCKS,
+    SMALL_FEATURES,
+    SMALL_MAPS,
+    SMALL_PRECISIONS,
+    SMALL_ROWS,
+    planned_launches,
+)
 from cflow_fast.bench.processes import group, kill_group
 from cflow_fast.bench.tune_targets import Target, candidate_launches
 from cflow_fast.decoder import FlowDecoder
@@ -136,22 +144,27 @@ def _compile(launch: Launch) -> str:
     return ""
 
 
-def run_small() -> None:
-    """Every kind of decoder on maps that end inside a tile."""
-    for features in (41, 64, 160, 320):
+def run_small(device: torch.device) -> None:
+    """Every kind of decoder on maps that end inside a tile, and on loose rows."""
+    for features in SMALL_FEATURES:
+        z, condition = (
+            torch.randn(SMALL_ROWS, features, device=device),
+            torch.randn(SMALL_ROWS, CONDITION, device=device),
+        )
         for permute_soft in (False, True):
-            decoder = FlowDecoder(features, coupling_blocks=2, permute_soft=permute_soft).cuda()
-            for precision in ("fp32", "tf32", "bf16"):
-                folded = decoder.fold(precision)
-                for batch, side in ((1, 7), (2, 16)):
-                    folded.log_prob(torch.randn(batch, features, side, side + 1, device="cuda"))
-                folded(torch.randn(5, features, device="cuda"), [torch.randn(5, 128, device="cuda")])
-    torch.cuda.synchronize()
+            decoder = FlowDecoder(features, CONDITION, coupling_blocks=SMALL_BLOCKS, permute_soft=permute_soft)
+            for precision in SMALL_PRECISIONS:
+                folded = decoder.to(device).fold(precision)
+                for batch, height, width in SMALL_MAPS:
+                    folded.log_prob(torch.randn(batch, features, height, width, device=device))
+                folded(z, [condition])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--small"]:
-        run_small()
+        run_small(torch.device("cuda", 0))
     elif sys.argv[1:2] == ["--candidates"]:
         os.nice(10)
         torch.cuda.set_device(torch.device(sys.argv[4]))

@@ -11,7 +11,7 @@ import torch
 from cflow_fast import parity
 from cflow_fast.bench.cases import ENCODERS, rough_decoder
 from cflow_fast.bench.planned import FIRST_SIZES, planned_launches
-from cflow_fast.bench.warm import _binary_key
+from cflow_fast.bench.warm import _binary_key, run_small
 from cflow_fast.kernels import torch_flow, tuning
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
@@ -74,4 +74,15 @@ def test_nor_while_whole_models_are_timed_and_judged(
         flow = TritonFlow(folded.weights, KERNEL_PRECISIONS[precision])
         flow.log_prob_map(maps, encoding_factors(128, side, side))
     assert launched
+    assert launched <= compiled
+
+
+def test_nor_while_memory_is_checked(
+    launched: set[object], compiled: set[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
+    run_small(torch.device("cpu"))
+    assert {key[0] for key in launched} == {  # type: ignore[index]
+        *("whole_flow_kernel", "linear_kernel", "coupling_kernel", "reduction_kernel")
+    }
     assert launched <= compiled
