@@ -44,6 +44,8 @@ from cflow_fast.bench.tune import Finding, choose_by_measurement, in_words, tabl
 from cflow_fast.bench.tune_card import CardTimer
 from cflow_fast.bench.tune_targets import tails, targets
 from cflow_fast.bench.warm import compile_on_all_cores
+from cflow_fast.errors import CFlowFastError
+from cflow_fast.files import check_writable
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.tuning import shipped_table
 from cflow_fast.kernels.tuning_table import as_text
@@ -291,6 +293,10 @@ def main(output: Path | None, minutes: float, pack: Path | None, go_on_from: int
     card = torch.cuda.get_device_name(CARD)
     folder = output or RESULTS / re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        check_writable(pack or folder / "state.json")
+    except CFlowFastError as error:
+        raise click.ClickException(str(error)) from error
     ends = time.time() + 60 * minutes
     suite = Suite.stored(folder, pack) if go_on_from else Suite(folder, ends, _facts(card), pack=pack)
     with watched(suite):

@@ -107,6 +107,17 @@ def test_steps_are_kept_one_by_one_and_a_lost_card_is_left_to_another_process(
     ]
 
 
+@pytest.mark.usefixtures("card")
+def test_an_archive_that_cannot_be_written_is_found_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "STEPS", (("first", pytest.fail),))
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(gpu.main, ["--pack", str(tmp_path / "file" / "all.tar.gz")])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: cannot write")
+
+
 @pytest.fixture
 def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One that notes how it was called and runs what it is to check."""

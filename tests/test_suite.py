@@ -143,7 +143,7 @@ def test_a_command_leaves_no_process_behind(seconds: int, tmp_path: Path) -> Non
     with (tmp_path / "pid").open("w") as log:
         if seconds:
             with pytest.raises(subprocess.TimeoutExpired):
-                run_group(command, 3, stdout=log)
+                run_group(command, 6, stdout=log)
         else:
             assert run_group(command, 60, stdout=log).returncode == 0
     assert is_gone(int((tmp_path / "pid").read_text()))
