@@ -150,9 +150,15 @@ def speed_rows(
         for track in tracks:
             _warm_up(track)
         slow = [track for speed, track in zip(speeds, tracks, strict=True) if speed.contender == "spade"]
+        together = [some for some in ([track for track in tracks if track not in slow], slow) if some]
+        each = replace(effort, seconds=effort.seconds / len(together))
         try:
-            for some in ([track for track in tracks if track not in slow], slow):
-                take_turns(some, clock(device), effort, on_round=on_round)
+            for done, some in enumerate(together):
+
+                def tell(share: float, spread: float, done: int = done) -> None:
+                    on_round((done + share) / len(together), spread)
+
+                take_turns(some, clock(device), each, on_round=tell)
         except KeyboardInterrupt as error:
             interrupted = error
     for speed, track in zip(speeds, tracks, strict=True):

@@ -120,7 +120,6 @@ CONTENDERS = registry(
     Contender(FLOOR, products_alone),
     Contender("freia", peers.freia, ("FrEIA",)),
     Contender("freia-compile", peers.freia_compile, ("FrEIA",)),
-    Contender("freia-compile-graphs", peers.freia_compile_graphs, ("FrEIA",)),
     Contender("cflow-ad-loop", peers.cflow_ad_loop, ("FrEIA",)),
     Contender("cflow-ad-loop-lists", peers.cflow_ad_loop_lists, ("FrEIA",)),
     Contender("anomalib", peers.anomalib_decoders, ("anomalib", "FrEIA")),

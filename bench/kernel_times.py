@@ -57,6 +57,8 @@ def time_kernels(
     lines = list(headlines(("wide_resnet50_2",), ("bf16", "tf32", "ieee"), (256,), (1, 32)))
     now = time.monotonic()
     timed = list(_timed(lines, device, now + (1 - COMPILING) * (until - now)))
+    if not timed:
+        return "not measured: no time was left"
     keep([_row(each, "not yet", card) for each in timed])
     keys = [compile_key(each.launch, CAPABILITY) for each in timed]
     distinct = {key: Kernel(each.launch, CAPABILITY) for key, each in zip(keys, timed, strict=True)}
@@ -176,8 +178,8 @@ def launch_seconds(launch: Launch, device: torch.device) -> float:
     """Median seconds of one launch among others like it in a captured graph, its weights from memory.
 
     In a decoder every launch has weights of its own, and a wide one's are more than the L2 cache holds. So the launches
-    take turns over as many copies of them; what else a launch reads was just written in a decoder, and is in the cache
-    here, too.
+    take turns over as many copies of them, at most one each: a narrow decoder's stay in the cache. What else a launch
+    reads was just written in a decoder, and is in the cache here, too.
     """
     launches = with_weights_apart(launch, _l2_bytes(device))
 
@@ -212,8 +214,8 @@ def captured(run: Run, device: torch.device) -> Run:
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.graph(graph, stream=stream):
-        run()
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph, stream=stream):
+        run()  # a capture that breaks does not always come back to the stream that was current
     return graph.replay
 
 

@@ -41,22 +41,8 @@ def freia_compile(work: Decoders, precision: str) -> Built:
     return built
 
 
-def freia_compile_graphs(work: Decoders, precision: str) -> Built:
-    """The same in CUDA graphs, as torch.compile's mode "reduce-overhead" makes them."""
-    built = _all_rows(work, compiled_in_graphs(work.reference, work.device), precision)
-    compile_now(built.run)
-    return built
-
-
 def compiled(modules: Sequence[nn.Module]) -> list[Any]:
     return [torch.compile(module, dynamic=False) for module in modules]
-
-
-def compiled_in_graphs(modules: Sequence[nn.Module], device: torch.device) -> list[Any]:
-    """Raises UnavailableError where there are no CUDA graphs."""
-    if device.type != "cuda":
-        raise UnavailableError("not available", f"there are no CUDA graphs on {device.type}")
-    return [torch.compile(module, dynamic=False, mode="reduce-overhead") for module in modules]
 
 
 def compile_now(run: Run) -> None:

@@ -90,7 +90,7 @@ def predict_in_stages(
 
 @torch.no_grad()
 def predict_at_once(model: CFlowAD, paths: Sequence[Path], output: Path, batch_size: int) -> None:
-    """The same as the command runs it: nothing is waited for in between, on a card the model is one CUDA graph."""
+    """The same as the command runs it: nothing is waited for between stages, on a card the model is one CUDA graph."""
     writer = ResultWriter(output, model)
     for batch in load_images(paths, model.image_size, batch_size, on_skip=_refuse):
         predictions = model.predict_resized(batch.images, batch.original_sizes)

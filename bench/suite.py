@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import tarfile
 import threading
@@ -119,4 +120,6 @@ def _give_up(suite: Suite) -> None:
         suite.store()
     finally:
         kill_groups()
+        for worker in multiprocessing.active_children():
+            worker.kill()
         os._exit(1)

@@ -155,6 +155,7 @@ class CFlowAD(nn.Module):
 
     def set_thresholds(self, image: float, pixel: float, false_alarm_rate: float | None = None) -> None:
         """Store thresholds of image and pixel scores, and the rate of false alarms that they promise or None."""
+        self._fetched_from = None
         self.thresholds.copy_(torch.tensor([image, pixel]))
         self.false_alarm_rate.fill_(torch.nan if false_alarm_rate is None else false_alarm_rate)
 
@@ -247,6 +248,7 @@ class CFlowAD(nn.Module):
             maxima = torch.maximum(maxima, peaks.to(maxima))
         if not maxima.isfinite().all():
             raise DataError("calibration needs good images with finite features, and found none: check the images")
+        self._fetched_from = None
         self.log_prob_max.copy_(maxima)
 
     def calibrate_thresholds(self, scores: Sequence[float], false_alarm_rate: float) -> None:
@@ -324,7 +326,7 @@ def _number(value: float) -> float | None:
 
 
 def _versions(module: nn.Module) -> list[tuple[int, int, int]]:
-    """Changes whenever a parameter or buffer is exchanged, moved or written to.
+    """Changes whenever a parameter or buffer is exchanged, moved or written to (not those made in inference mode).
 
     Asked for at every call: `module.parameters()`, which names and compares them all, takes three times as long.
     """

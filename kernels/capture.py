@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -51,6 +51,17 @@ def in_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def finish(device: torch.device) -> None:
+    """What is kept for later calls has to be there for those on other streams too."""
+    if device.type == "cuda" and not in_capture(device):
+        torch.cuda.current_stream(device).synchronize()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class GraphCache:
     """A function of CUDA tensors that is captured once per layout of its inputs and replayed afterwards.
 
@@ -70,40 +81,46 @@ class GraphCache:
         self.capacity = capacity
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._failures: Counter[Key] = Counter()
-        self._done: torch.cuda.Event | None = None  # the last replay: graphs share libraries' workspaces
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         device = inputs[0].device
         if device.type != "cuda" or in_capture(device):
             return self.function(*inputs)
-        with self._lock, torch.cuda.device(device):  # the current stream is that of the current device
-            graph = self._graph(inputs)
-            if graph is not None:
-                return self._replayed(graph, inputs)
-        return self.function(*inputs)
+        key = _layout(inputs)
+        with torch.cuda.device(device):  # the current stream is that of the current device
+            results = self._replayed(key, inputs)
+            if results is None and self._failures[key] < CAPTURE_ATTEMPTS:
+                with _capturing:  # before the lock, which a function that is captured may want, too
+                    self._capture(key, inputs)
+                results = self._replayed(key, inputs)
+        return self.function(*inputs) if results is None else results
 
     def clear(self) -> None:
         """Drop every graph and its memory, after the card has finished with it."""
         with self._lock:
-            while self._graphs:
-                self._drop_oldest()
+            self._failures.clear()
+            self._keep_at_most(0)
 
-    def _graph(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
-        key = _layout(inputs)
-        if key in self._graphs:
+    def _replayed(self, key: Key, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """None without a graph."""
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is None:
+                return None
             self._graphs.move_to_end(key)
-            return self._graphs[key]
-        if self._failures[key] >= CAPTURE_ATTEMPTS:
-            return None
-        while len(self._graphs) >= self.capacity:
-            self._drop_oldest()
+            return graph.replay(inputs)
+
+    def _capture(self, key: Key, inputs: tuple[Tensor, ...]) -> None:
+        if key in self._graphs:  # another thread was first
+            return
         graph = self._captured(inputs)
-        if graph is None:
-            self._failures[key] += 1
-        else:
+        with self._lock:
+            if graph is None:
+                self._failures[key] += 1
+                return
             self._graphs[key] = graph
-        return graph
+            self._keep_at_most(self.capacity)
 
     def _captured(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
         current = torch.cuda.current_stream(inputs[0].device)
@@ -112,35 +129,29 @@ class GraphCache:
                 return _Graph(self.function, inputs)
         except RuntimeError as error:
             if not self._failures:
-                cause = error.__context__ or error  # the end of a broken capture fails too, and says less
-                reason = str(cause).splitlines()[0]
-                warnings.warn(f"no CUDA graph could be captured, running without one: {reason}", stacklevel=5)
+                warnings.warn(f"no CUDA graph could be captured, running without one: {_reason(error)}", stacklevel=5)
             return None
 
-    def _replayed(self, graph: _Graph, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        current = torch.cuda.current_stream(inputs[0].device)
-        for earlier in (self._done, graph.captured):  # they may have been queued on another stream
-            if earlier is not None:
-                current.wait_event(earlier)
-        results = graph.replay(inputs)
-        self._done, graph.captured = current.record_event(), None
-        return results
+    def _keep_at_most(self, count: int) -> None:
+        while len(self._graphs) > count:
+            _, graph = self._graphs.popitem(last=False)
+            graph.finish()  # one that still runs must keep its memory
 
-    def _drop_oldest(self) -> None:
-        _, graph = self._graphs.popitem(last=False)
-        for event in (self._done, graph.captured):
-            if event is not None:
-                event.synchronize()  # a graph that still runs must keep its memory
+
+def _reason(error: RuntimeError) -> str:
+    """The end of a broken capture fails too, and says less than what broke it."""
+    lines = (str(error.__context__ or "") or str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class _Graph:
-    """One captured layout: the inputs' fixed places, the graph, the outputs' fixed places."""
+    """One captured layout: the inputs' fixed places, the graph, the outputs' fixed places. Made under `_capturing`."""
 
     def __init__(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
         # Tensors made in inference mode could not be written to outside of it.
-        with _capturing, torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.inputs = tuple(tensor.clone(memory_format=torch.preserve_format) for tensor in inputs)
-            device = inputs[0].device
+            self.device = device = inputs[0].device
             current, stream = torch.cuda.current_stream(device), _stream(device, "capture", 0)
             stream.wait_stream(current)  # the clones above
             with torch.cuda.stream(stream):  # nothing can be captured on the default stream, nor warmed up for it there
@@ -150,17 +161,30 @@ class _Graph:
             with _capture(self.graph, stream):
                 self.outputs = function(*self.inputs)
             current.wait_stream(stream)
-            self.captured: torch.cuda.Event | None = current.record_event()
+            self.done = current.record_event()
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for fixed, tensor in zip(self.inputs, inputs, strict=True):
-            fixed.copy_(tensor)
-        self.graph.replay()
-        return tuple(output.clone() for output in self.outputs)
+        current = torch.cuda.current_stream(self.device)
+        with _replaying:
+            for earlier in (self.done, _last_replay.get(self.device)):  # they may have been queued on other streams
+                if earlier is not None:
+                    current.wait_event(earlier)
+            for fixed, tensor in zip(self.inputs, inputs, strict=True):
+                fixed.copy_(tensor)
+            self.graph.replay()
+            results = tuple(output.clone() for output in self.outputs)
+            self.done = _last_replay[self.device] = current.record_event()
+        return results
+
+    def finish(self) -> None:
+        self.done.synchronize()
 
 
 _capturing = threading.RLock()
 """Held while a graph is made: another thread's capture would synchronize with the card in the middle of it."""
+_replaying = threading.Lock()
+_last_replay: dict[torch.device, torch.cuda.Event] = {}
+"""Of any graph on a device: graphs share the workspaces of libraries, so they run one after the other."""
 
 
 def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
@@ -177,8 +201,8 @@ def _layout(tensors: tuple[Tensor, ...]) -> Key:
 def _tf32_modes() -> tuple[object, ...]:
     try:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # which of PyTorch's two ways of asking applies is not told
-        return ()
+    except RuntimeError:  # they were set by PyTorch's other way
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
 
 
 _stream_pool: dict[tuple[torch.device, object, int], torch.cuda.Stream] = {}

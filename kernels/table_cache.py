@@ -18,7 +18,10 @@ Table = TypeVar("Table")
 
 
 class TableCache(Generic[Table]):
-    """Tables by size, safe from several threads. What a CUDA graph has read when captured stays: replays read it."""
+    """Tables by size, safe from several threads. What a CUDA graph has read when captured stays: replays read it.
+
+    It stays for as long as the decoder does, since nobody says when a graph is gone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

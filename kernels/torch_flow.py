@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cflow_fast.kernels.capture import finish
 from cflow_fast.kernels.flow import FlowResult, run_flow
 from cflow_fast.kernels.products import FusedProducts, MatmulProducts, OneDnnProducts
 from cflow_fast.kernels.table_cache import TableCache
@@ -111,7 +112,12 @@ class TorchFlow:
         return x.narrow(dim, 0, passive).contiguous(), x.narrow(dim, passive, self.weights.active).contiguous()
 
     def _tables_for(self, height: int, width: int, encoding: tuple[Tensor, Tensor]) -> PositionalTables:
-        return self.tables.get((height, width), lambda: positional_tables(self.weights, encoding, self.operand_dtype))
+        def made() -> PositionalTables:
+            tables = positional_tables(self.weights, encoding, self.operand_dtype)
+            finish(self.weights.device)
+            return tables
+
+        return self.tables.get((height, width), made)
 
     def chunk_rows(self, device: torch.device) -> int:
         """How many are worked on at once."""

@@ -6,13 +6,12 @@ A decoder whose state fits the registers runs whole in one kernel (`whole_flow`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cflow_fast.kernels.capture import in_capture
+from cflow_fast.kernels.capture import finish, on_device
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import WholeFlowConfig
 from cflow_fast.kernels.flow import FlowResult
@@ -118,14 +117,3 @@ def chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]]
     for image in range(0, batch, images):
         for line in range(0, height, lines):
             yield slice(image, image + images), slice(line, line + lines)
-
-
-def finish(device: torch.device) -> None:
-    """What is kept for later calls has to be there for those on other streams too."""
-    if device.type == "cuda" and not in_capture(device):
-        torch.cuda.current_stream(device).synchronize()
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

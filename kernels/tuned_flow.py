@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cflow_fast.kernels import tuning
-from cflow_fast.kernels.capture import in_capture
+from cflow_fast.kernels.capture import finish, in_capture, on_device
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import TorchFlow
-from cflow_fast.kernels.triton_flow import TritonFlow, finish, on_device
+from cflow_fast.kernels.triton_flow import TritonFlow
 from cflow_fast.kernels.tuning_table import DecoderProblem
 from cflow_fast.kernels.weights import FlowWeights, mixing_kind
 

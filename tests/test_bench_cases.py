@@ -12,7 +12,7 @@ import torch
 from cflow_fast.bench import decoder as decoders
 from cflow_fast.bench import end_to_end, maps, peers, training
 from cflow_fast.bench.cases import ENCODERS, DecoderCase, Scales, decoder_flop, grid, scales_of
-from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, UnavailableError, is_installed
+from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, is_installed
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.maps import MapCase, MapWork
 from cflow_fast.bench.yardstick import Yardstick
@@ -23,7 +23,7 @@ from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.weights import FlowWeights
 
 CASE = DecoderCase("tiny", Scales((16, 24), (8, 16)), 136, 2, "soft", coupling_blocks=2, condition=8)
-EAGER = [name for name in CONTENDERS if name not in (OURS, FLOOR, "freia-compile", "freia-compile-graphs")]
+EAGER = [name for name in CONTENDERS if name not in (OURS, FLOOR, "freia-compile")]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -190,12 +190,6 @@ def test_a_wrong_encoder_is_found_though_the_decoders_are_right() -> None:
     assert judged is not None
     assert not judged.parity
     assert "from images" in judged.failures
-
-
-def test_compiled_graphs_need_a_card() -> None:
-    for contenders, case in ((CONTENDERS, CASE), (end_to_end.CONTENDERS, MODEL_CASE)):
-        with pytest.raises(UnavailableError, match="no CUDA graphs on cpu"):
-            contenders["freia-compile-graphs"].build(case.work(), "fp32")  # type: ignore[attr-defined]
 
 
 def test_the_floors_tensors_lie_where_the_decoders_are(monkeypatch: pytest.MonkeyPatch) -> None:

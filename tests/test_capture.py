@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(card))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
     monkeypatch.setattr(capture, "_stream_pool", {})
+    monkeypatch.setattr(capture, "_last_replay", {})
     return card
 
 
@@ -234,8 +235,8 @@ def test_a_replay_waits_for_the_last_one_wherever_it_was_queued(card: Card, cach
     start = len(card.log)
     cache(on_card(card, 3))
     card.current.pop()
-    assert card.log[start] == ("another thread's", "wait for caller's")
-    assert card.log[start + 1 :] == [
+    assert card.log[start] == card.log[start + 1] == ("another thread's", "wait for caller's")
+    assert card.log[start + 2 :] == [
         ("another thread's", "copy input"),
         ("another thread's", "replay"),
         ("another thread's", "record"),
@@ -335,6 +336,22 @@ def test_modes_that_change_what_an_operation_does_have_graphs_of_their_own(
     assert len(cache._graphs) == 2
 
 
+def test_precisions_set_by_pytorchs_other_way_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    before = torch.backends.cuda.matmul.fp32_precision
+    seen = set()
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            seen.add(capture._layout((torch.ones(1),)))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(seen) == 2
+
+
 def test_captures_of_several_threads_take_turns(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture begins by waiting for the whole card, which breaks one that is under way."""
     under_way, most = 0, 0
@@ -350,13 +367,46 @@ def test_captures_of_several_threads_take_turns(card: Card, monkeypatch: pytest.
     made: list[Any] = []
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
-    inputs = (on_card(card, 2),)
-    threads = [threading.Thread(target=lambda: made.append(capture._Graph(slow, inputs))) for _ in range(4)]  # type: ignore[arg-type]
+    monkeypatch.setattr(capture._Graph, "replay", lambda self, inputs: self.outputs)
+    threads = [threading.Thread(target=lambda: made.append(GraphCache(slow)(on_card(card, 2)))) for _ in range(4)]  # type: ignore[arg-type]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert (len(made), most) == (4, 1)
+
+
+def test_replays_of_different_caches_wait_for_each_other(card: Card, cache: GraphCache) -> None:
+    """Their graphs may share a library's workspace."""
+    cache(on_card(card, 3))
+    card.log.clear()
+    other = card.stream("another thread's")
+    card.current.append(other)
+    with pytest.raises(NotImplementedError):  # its graph cannot be replayed here
+        GraphCache(doubling(card))(on_card(card, 3))
+    card.current.pop()
+    assert card.log[-3:] == [
+        ("another thread's", "wait for caller's"),
+        ("another thread's", "copy input"),
+        ("another thread's", "replay"),
+    ]
+
+
+def test_a_captured_function_may_use_another_cache_that_other_threads_use(card: Card, cache: GraphCache) -> None:
+    """Each takes the locks in the same order, whichever comes first."""
+    outer = GraphCache(lambda x: cache(x))
+
+    def work(which: GraphCache) -> None:
+        for size in range(1, 12):
+            with suppress(NotImplementedError):  # the outer one's graphs cannot be replayed here
+                which(on_card(card, size))
+
+    threads = [threading.Thread(target=work, args=(which,), daemon=True) for which in (outer, cache)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_inside_somebody_elses_capture_the_function_is_recorded_there(card: Card, cache: GraphCache) -> None:

@@ -75,6 +75,12 @@ def test_an_image_that_cannot_be_read_is_left_out_and_told(model: CFlowAD, categ
     assert "none of the 1 images can be read" in result.output
 
 
+def test_runs_are_of_freia_on_images() -> None:
+    result = run("parity", "--runs", 2, "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--runs is of FrEIA on IMAGES" in result.output
+
+
 def test_a_failed_comparison_is_told_and_the_exit_code_is_1(
     model: CFlowAD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,15 @@ def test_make_gpu_needs_nothing_installed(tmp_path: Path) -> None:
         assert [line.split()[0] for line in said[1:]] == ["make:"]
 
 
+def test_make_gpu_hands_on_where_results_go() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    command = ["make", "-n", "gpu", "OUTPUT=here", "PACK=packed.tar.gz", "PYTHON=python3"]
+    root = gpu.BENCH.parent
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert f'--output "{root / "here"}" --pack "{root / "packed.tar.gz"}"' in " ".join(said.split())
+
+
 def test_results_are_kept_in_the_checkout() -> None:
     assert gpu.RESULTS == gpu.BENCH / "results"
     assert (gpu.BENCH.parent / "tests" / Path(__file__).name).samefile(__file__)

@@ -333,6 +333,13 @@ def test_relative_yardstick_is_at_its_numbers(kind: str, ours: Error, failures: 
     assert len(parity.relative_failures(kind, ours, Error(1.0, 1.0, 1e-3, 1.0, 1e-4))) == failures
 
 
+def test_an_error_of_freias_that_is_no_number_is_no_pass() -> None:
+    lost = Error(math.nan, math.nan, math.nan, 1.0, math.nan)
+    for kind in ("fp32", "tf32", "bf16"):
+        assert parity.failures(kind, NO_ERROR, lost)
+        assert parity.relative_failures(kind, NO_ERROR, lost)
+
+
 def test_rows_can_be_written_as_json() -> None:
     rows = [row.as_dict() for row in check(random_case(41, size=(1, 2, 3)), ["fp32"])]
     *compiled, told = json.loads(json.dumps(rows))

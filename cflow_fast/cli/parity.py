@@ -30,14 +30,18 @@ from cflow_fast.model import CFlowAD
 @click.option(
     "--runs",
     type=click.IntRange(1),
-    default=checks.RUNS,
-    help="Of FrEIA on IMAGES, whose largest error is compared with.",
+    help=f"Of FrEIA on IMAGES, whose largest error is compared with.  [default: {checks.RUNS}]",
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the table there too.")
 @click.option("--seed", type=int, default=0)
 @device_option
 def parity(
-    model: Path | None, images: tuple[Path, ...], runs: int, json_path: Path | None, seed: int, device: torch.device
+    model: Path | None,
+    images: tuple[Path, ...],
+    runs: int | None,
+    json_path: Path | None,
+    seed: int,
+    device: torch.device,
 ) -> None:
     """Compare with float64, and with FrEIA's own rounding error when FrEIA is installed.
 
@@ -46,9 +50,12 @@ def parity(
     cannot be read.
 
     On IMAGES with defects log p / D falls far below what was trained on, where a single position may be all of the
-    largest error and rounding is chance: FrEIA has several --runs there, each with its sums in another order, and below
-    -7000 errors are judged relative to the value.
+    largest error and rounding is chance. FrEIA has several --runs there, each with its sums in another order. A row is
+    of positions down to -7000; a relative one is of all of them, with errors relative to the value. PyTorch's own
+    products round as FrEIA's do, and have the relative row alone.
     """
+    if runs is not None and not images:
+        raise click.UsageError("--runs is of FrEIA on IMAGES: name some")
     if json_path:
         check_writable(json_path)
     skipped = Skipped()
@@ -56,7 +63,9 @@ def parity(
     total = 2 * len(checks.SIZES)
     if model:
         loaded = CFlowAD.load(model, device)
-        cases = own = _image_cases(loaded, images, runs, skipped) if images else _model_cases(loaded, seed)
+        cases = own = (
+            _image_cases(loaded, images, runs or checks.RUNS, skipped) if images else _model_cases(loaded, seed)
+        )
         total = len(own)
     rows: list[checks.Row] = []
     with progress_bar("parity", total) as update:
