@@ -111,6 +111,44 @@ def test_a_capture_survives_allocations_of_another_thread() -> None:
         thread.join()
 
 
+def test_caches_of_two_threads_are_captured_one_after_the_other() -> None:
+    decoders = [decoder().fold("fp32") for _ in range(2)]
+    inputs = [maps(folded, seed=seed) for seed, folded in enumerate(decoders)]
+    expected = [folded.log_prob(x) for folded, x in zip(decoders, inputs, strict=True)]
+    torch.cuda.synchronize()
+    right: list[bool] = []
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(CARD)):
+            for _ in range(5):  # a capture that fails warns, which is an error here
+                cache = GraphCache(lambda x: (decoders[i].log_prob(x),))
+                right.append(torch.equal(cache(inputs[i])[0], expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 10
+
+
+def test_a_graph_made_in_inference_mode_replays_outside_of_it() -> None:
+    folded = decoder().fold("fp32")
+    cache = GraphCache(lambda x: (folded.log_prob(x),))
+    with torch.inference_mode():
+        cache(maps(folded, seed=1))
+    x = maps(folded, seed=2)
+    assert torch.equal(cache(x)[0], folded.log_prob(x))
+
+
+def test_what_cannot_be_captured_runs_without_a_graph_on_the_callers_stream() -> None:
+    cache = GraphCache(lambda x: (x + x.sum().item(),))
+    with pytest.warns(UserWarning, match="no CUDA graph could be captured"):
+        (result,) = cache(torch.ones(2, device=CARD))
+    assert torch.cuda.current_stream(CARD) == torch.cuda.default_stream(CARD)
+    assert result.tolist() == [3.0, 3.0]
+
+
 def test_scales_side_by_side_give_what_they_give_in_turn() -> None:
     decoders = [decoder(features).fold("fp32") for features in (64, 128, 256)]
     inputs = [maps(folded, 4, side) for folded, side in zip(decoders, (32, 16, 8), strict=True)]
