@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from cflow_fast.bench.cases import DecoderCase, grid, scales_of
 from cflow_fast.bench.contenders import PLAIN, device_precisions, is_installed
 from cflow_fast.bench.end_to_end import ModelCase
 from cflow_fast.bench.kernel_times import time_kernels
+from cflow_fast.bench.machine import file_name
 from cflow_fast.bench.maps import MapCase
 from cflow_fast.bench.measurement import Effort
 from cflow_fast.bench.planned import FIRST_SIZES, OTHER_SIZES, TUNED
@@ -293,7 +293,7 @@ def main(output: Path | None, minutes: float, pack: Path | None, go_on_from: int
         raise click.ClickException("there is no CUDA device here; `make aot` says what can be said without one")
     warnings.filterwarnings("error", message="no CUDA graph could be captured")  # eager times are not a graph's
     card = torch.cuda.get_device_name(CARD)
-    folder = output or RESULTS / re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    folder = output or RESULTS / file_name(card)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for path in filter(None, (folder / "state.json", pack)):

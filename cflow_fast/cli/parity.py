@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -15,8 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cflow_fast import parity as checks
-from cflow_fast.bench.machine import commit, describe_machine, versions
-from cflow_fast.cli.bench_tables import command_line
+from cflow_fast.cli.bench_tables import results_of
 from cflow_fast.cli.common import Skipped, console, device_option, image_paths, progress_bar
 from cflow_fast.datasets import load_images
 from cflow_fast.errors import DataError
@@ -75,24 +73,13 @@ def parity(
                 rows += comparison.trained_rows() if images else [comparison.row()]
     console.print(_table(rows))
     if json_path:
-        write_text(json_path, json.dumps(_facts(device, seed) | {"rows": [row.as_dict() for row in rows]}, indent=1))
+        made_by = asdict(results_of([], device, seed))  # as a benchmark's results say it
+        write_text(json_path, json.dumps(made_by | {"rows": [row.as_dict() for row in rows]}, indent=1))
     failed = [row for row in rows if not row.passed]
     for row in failed:
         words = f"{row.case}, {row.backend}, {row.precision}: {'; '.join(row.failures)}"
         console.print(words, markup=False, soft_wrap=True)
     sys.exit(1 if failed or skipped.paths else 0)
-
-
-def _facts(device: torch.device, seed: int) -> dict[str, Any]:
-    """As those of the benchmark's results."""
-    return {
-        "command": command_line(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(device),
-        "versions": versions(),
-        "seed": seed,
-        "commit": commit(),
-    }
 
 
 def _random_cases(seed: int, device: torch.device) -> Iterator[checks.Case]:
