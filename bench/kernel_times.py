@@ -28,8 +28,8 @@ REPEATS, ROUNDS = 40, 7
 COMPILING = 0.3
 """Share of the time that is left for the predictions, which need every kernel's machine code."""
 WEIGHTS = {
-    "linear_kernel": ("w_ptr",),
-    "coupling_kernel": ("w_ptr",),
+    "linear_kernel": ("w_ptr", "w_low_ptr"),
+    "coupling_kernel": ("w_ptr", "w_low_ptr"),
     "whole_flow_kernel": tuple(f"{name}_ptr" for name in ARRAYS),
 }
 """What a kernel reads that belongs to one block, or to one whole decoder."""

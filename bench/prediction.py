@@ -145,8 +145,14 @@ def residents(compiled: Compiled, warps: int) -> int:
 
 
 def _product_work(launch: Launch, card: Card, cold: bool, columns: int, outputs: int) -> Work:
-    """A persistent product: columns of the weight matrix per tile, and in all."""
+    """A persistent product: columns of the weight matrix per tile, and in all.
+
+    A factor that is taken as two operands is multiplied twice; three times beside weights in two parts, which the rate
+    of tf32x3 tells.
+    """
     args, c = launch.args, launch.constexprs
+    parts = 1 if args["w_low_ptr"] is None else 2
+    products = 2 if c["TAKES"] == "split" and parts == 1 else 1
     rows, inputs, splits = args["rows"], args["inputs"], c["SPLIT_K"]
     tiles = _ceil(rows, c["BLOCK_ROWS"]) * _ceil(outputs, columns)
     steps = _ceil(_ceil(inputs, c["BLOCK_K"]), splits)
@@ -154,13 +160,13 @@ def _product_work(launch: Launch, card: Card, cold: bool, columns: int, outputs:
     tile_elements = c["BLOCK_ROWS"] * columns
     stored = tile_elements * operand + (2 * 4 * tile_elements if splits > 1 else 0)
     activations = rows * (inputs + outputs) * operand
-    memory = (outputs * inputs * operand if cold else 0) + (activations if activations > card.l2_bytes else 0)
+    memory = (parts * outputs * inputs * operand if cold else 0) + (activations if activations > card.l2_bytes else 0)
     return Work(
         flop=2.0 * rows * inputs * outputs,
-        matrix_flop=2.0 * tiles * splits * steps * tile_elements * c["BLOCK_K"],
+        matrix_flop=2.0 * products * tiles * splits * steps * tile_elements * c["BLOCK_K"],
         units=tiles * splits,
         steps=steps,
-        step_bytes=(c["BLOCK_ROWS"] + columns) * c["BLOCK_K"] * operand,
+        step_bytes=(c["BLOCK_ROWS"] + parts * columns) * c["BLOCK_K"] * operand,
         repeats=1,
         unit_bytes=stored,
         memory_bytes=memory,
@@ -182,7 +188,7 @@ def _whole_flow(launch: Launch, card: Card, cold: bool) -> Work:
     mixing = 0 if c["HARD"] else c["MATRICES"] * 4 * half * half + (blocks - c["MATRICES"]) * 3 * half * half
     selected = {"tables": c["ENTRIES"], "rows": c["CHANNELS"], "none": 0}[c["CONDITION"]]
     conditional = blocks * hidden * selected
-    per_row = blocks * 3 * half * hidden + mixing + conditional
+    per_row = blocks * 3 * half * hidden + (2 if c["PRECISION"] == "tf32" else 1) * mixing + conditional
     features = c["PASSIVE"] + c["ACTIVE"]
     needed = blocks * hidden * (c["PASSIVE"] + 2 * c["ACTIVE"])
     (programs,) = launch.grid

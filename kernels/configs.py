@@ -77,8 +77,13 @@ class ProductConfig:
             "GROUP": self.group,
         }
 
-    def options(self) -> dict[str, int | bool]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+    def options(self, early: bool = False) -> dict[str, int | bool]:
+        options: dict[str, int | bool] = {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
+        return options | {"launch_pdl": True} if early else options
 
 
 class LinearConfig(ProductConfig):
@@ -111,6 +116,18 @@ POINTWISE = PointwiseConfig(16, 128, 4)
 """Sixteen numbers a thread and array, read in whole lines of memory."""
 
 
+TAKES = ("operand", "rounded", "split")
+"""How a product takes a factor: it is an operand already; it is rounded to one; as two operands, the second one what
+rounding to the first left."""
+
+
+def how_taken(precision: str, outer: bool = False, exact: bool = False) -> str:
+    """outer: a caller's own features; exact: a state that is kept in float32 beside tf32 operands."""
+    if precision == "tf32x3":
+        return "split"
+    return "rounded" if outer or (exact and precision == "tf32") else "operand"
+
+
 Tile = tuple[int, int, int, int, int]
 """Rows, outputs, inputs a step, warps, stages; of a coupling layer the outputs are columns of s and of t together."""
 
@@ -131,6 +148,15 @@ MAX_SPLITS = 4
 
 BUSY = 0.45
 """Share of the multiprocessors that must have a tile before a larger one, with less traffic from L2, is preferred."""
+
+
+EARLY_ROWS = 2048
+"""Launches for up to so many rows begin before those that they wait for have ended (see `tiles`). Of more rows there is
+no room for two launches at once, and what waits would keep another decoder's programs out."""
+
+
+def begins_early(rows: int, chip: Chip) -> bool:
+    return rows <= EARLY_ROWS and chip.capability >= (9, 0)
 
 
 def select_linear(
@@ -201,7 +227,8 @@ _WholeFlowTiles = dict[int, tuple[WholeFlowConfig, ...]]
 # at the full matrix rate, 64 for twice that. At 128 rows 4 warps leave room for two programs a multiprocessor, one's
 # epilogue beside the other's products, up to halves of 64 (there with 150 to 440 spills a block outside the chunks);
 # above, 8 warps and one program. 16 rows use warp-level instructions: for few rows only. fp32 operands double the
-# state and the bytes, so that tf32 has 64 rows; without matrix units a thread's own products take what is left.
+# state and the bytes, so that tf32 has 64 rows, and soft permutations, which it multiplies by twice, only in halves of
+# up to 64; without matrix units a thread's own products take what is left. tf32x3 would need every matrix twice.
 _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
     "bf16": {
         32: (WholeFlowConfig(128, 64, 4, 2), WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 64, 4, 2)),
@@ -216,16 +243,18 @@ _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
             WholeFlowConfig(64, 32, 4, 2, own_condition=False),
             WholeFlowConfig(16, 32, 4, 2),
         ),
-        128: (WholeFlowConfig(128, 32, 8, 2), WholeFlowConfig(64, 32, 8, 2), WholeFlowConfig(16, 32, 4, 2)),
+        128: (
+            WholeFlowConfig(128, 32, 8, 2),
+            WholeFlowConfig(64, 32, 8, 2, hard=True),
+            WholeFlowConfig(32, 32, 8, 2, hard=False),
+            WholeFlowConfig(16, 32, 4, 2, hard=True),
+            WholeFlowConfig(16, 32, 8, 2, hard=False),
+        ),
     },
     "tf32": {
         32: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
         64: (WholeFlowConfig(64, 16, 4, 2, own_condition=False), WholeFlowConfig(32, 32, 4, 2)),
-        96: (WholeFlowConfig(64, 32, 8, 2, own_condition=False),),
-    },
-    "tf32x3": {
-        32: (WholeFlowConfig(64, 32, 4, 2, own_condition=False), WholeFlowConfig(16, 32, 4, 2)),
-        64: (WholeFlowConfig(16, 32, 4, 2),),
+        96: (WholeFlowConfig(64, 32, 8, 2, own_condition=False, hard=True),),
     },
     "ieee": {32: (WholeFlowConfig(32, 16, 4, 1), WholeFlowConfig(16, 32, 4, 1))},
 }
@@ -237,7 +266,6 @@ _WHOLE_FLOW_AMPERE: dict[str, _WholeFlowTiles] = {
         128: (WholeFlowConfig(32, 32, 8, 2), WholeFlowConfig(16, 32, 4, 2)),
     },
     "tf32": {64: (WholeFlowConfig(32, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2))},
-    "tf32x3": {32: (WholeFlowConfig(32, 32, 4, 2, own_condition=False), WholeFlowConfig(16, 32, 4, 2))},
     "ieee": _WHOLE_FLOW_HOPPER["ieee"],
 }
 
@@ -260,7 +288,7 @@ def _whole_flow_tiles(
     capability: tuple[int, int], features: int, precision: str, own_condition: bool, hard: bool
 ) -> list[WholeFlowConfig]:
     half = features - features // 2
-    tiles = (_WHOLE_FLOW_HOPPER if capability[0] == 9 else _WHOLE_FLOW_AMPERE)[precision]
+    tiles = (_WHOLE_FLOW_HOPPER if capability[0] == 9 else _WHOLE_FLOW_AMPERE).get(precision, {})
     widest = min((width for width in tiles if width >= half), default=0)
     return [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and c.hard in (None, hard)]
 
@@ -288,7 +316,10 @@ NUMBERS = {
 TAIL_PRECISION = "fp32"
 
 _MORE_TILES: dict[tuple[str, bool], list[Tile]] = {
-    ("bf16", True): [(64, 256, 64, 8, 3), (64, 128, 64, 4, 4)],
+    ("bf16", True): [
+        *((128, 256, 64, 8, 4), (64, 256, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4)),
+        *((64, 64, 128, 4, 3), (64, 32, 128, 4, 4), (32, 64, 128, 4, 3)),
+    ],
     ("tf32", True): [(128, 64, 32, 4, 4), (64, 128, 32, 4, 4)],
     ("tf32x3", True): [(128, 64, 32, 4, 3), (64, 128, 32, 4, 3)],
     ("ieee", True): [(128, 64, 16, 8, 3)],

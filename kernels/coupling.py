@@ -2,9 +2,9 @@
 
     s, t = w2 hidden + b2;   j = alpha tanh(s);   y2 = x2 exp(j) + t;   sum of j per row and tile
 
-A program makes the same columns of s and t, so that neither leaves it. y2 takes x2's place in the state, which is
-row-major, (N, [passive | active]) with both halves padded, or feature-major, (features, N), read and written by index
-with the scale and shift that hard permutations leave pending.
+A program makes the same columns of s and t, so that neither leaves it. The state is row-major, (N, [passive | active])
+with both halves padded, or feature-major, (features, N), read and written by index with the scale and shift that hard
+permutations leave pending.
 
 The first block reads the caller's features and moves the passive half into the state along with y2. The last one also
 leaves the active and passive halves' share of ||u||^2, in which the last permutation plays no part: sums of
@@ -20,16 +20,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import CouplingConfig
-from cflow_fast.kernels.lang import INTERPRET, dot, operand, tanh
+from cflow_fast.kernels.configs import CouplingConfig, how_taken
+from cflow_fast.kernels.lang import INTERPRET, add_product, operand, taken, tanh
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.rows import Rows
-from cflow_fast.kernels.tiles import arrives_last, leave_split, locate, row_offsets, sum_splits
+from cflow_fast.kernels.tiles import (
+    arrives_last,
+    fetch_rows,
+    leave_split,
+    locate,
+    row_offsets,
+    sum_splits,
+    wait_for_earlier,
+)
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Where a block finds its halves, in the same strides."""
+    """Where a block finds its halves, in the same strides but not always in one tensor."""
 
     passive: Rows
     active: Rows
@@ -77,12 +85,18 @@ def coupling_launch(
     *,
     pending: Pending | None = None,
     norm: Norm | None = None,
+    rounded: bool = True,
+    low: Tensor | None = None,
+    early: bool = False,
 ) -> Launch:
     """One block's y2 and row sums.
 
     hidden: (padded N, m) operands; weight: (2 half, m), rows of s then of t, each padded to `half`; bias: (2 half,).
     target: None where nobody needs y2. log_det: (tiles, padded N) float32, the sums of j over a tile's columns.
+    rounded: y2 is stored as an operand, otherwise in float32. low: what rounding left of weight, beside tf32x3.
+    early: see `tiles`.
     """
+    assert (low is not None) == (precision == "tf32x3")
     half, rows = weight.shape[0] // 2, source.active.count
     row_tiles, out_tiles = triton.cdiv(rows, config.block_rows), triton.cdiv(half, config.block_out)
     tiles, splits = row_tiles * out_tiles, config.split_k > 1
@@ -91,6 +105,7 @@ def coupling_launch(
     args = {
         "hidden_ptr": hidden,
         "w_ptr": weight,
+        "w_low_ptr": low,
         "bias_ptr": bias,
         "x1_ptr": source.passive.tensor,
         "x2_ptr": source.active.tensor,
@@ -127,17 +142,21 @@ def coupling_launch(
         "OUTER": reads.outer,
         "MAPS": reads.maps is not None,
         "RAGGED": half % config.block_out != 0,
+        "ROUNDED": rounded,
+        "TAKES": how_taken(precision),
+        "EARLY": early,
         "PRECISION": precision,
         **config.constexprs(),
     }
     grid = (min(tiles * config.split_k, multiprocessors * config.programs),)
-    return Launch(coupling_kernel, grid, args, constexprs, config.options())
+    return Launch(coupling_kernel, grid, args, constexprs, config.options(early))
 
 
 @triton.jit
 def coupling_kernel(
     hidden_ptr,
     w_ptr,
+    w_low_ptr,
     bias_ptr,
     x1_ptr,
     x2_ptr,
@@ -177,6 +196,9 @@ def coupling_kernel(
     OUTER: tl.constexpr,
     MAPS: tl.constexpr,
     RAGGED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    TAKES: tl.constexpr,
+    EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -187,6 +209,13 @@ def coupling_kernel(
     row_tiles, out_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(half, BLOCK_OUT)
     split_inputs = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
     step = tl.arange(0, BLOCK_K)
+    if EARLY:
+        split, _, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
+        first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
+        s_row = tl.minimum(out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT), half - 1) * inputs
+        fetch_rows(w_ptr, s_row, first, end, BLOCK_OUT, 8)
+        fetch_rows(w_ptr + half * inputs, s_row, first, end, BLOCK_OUT, 8)
+    wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)
         row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -201,10 +230,10 @@ def coupling_kernel(
         t += tl.load(bias_ptr + half + column, mask=biased, other=0.0)[None, :]
         for start in tl.range(split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs), BLOCK_K):
             k = start + step
-            hidden = tl.load(hidden_ptr + hidden_row[:, None] + k[None, :])
-            w_tile_ptr = w_ptr + s_row[None, :] + k[:, None]
-            s = dot(hidden, tl.load(w_tile_ptr), s, PRECISION)
-            t = dot(hidden, tl.load(w_tile_ptr + half * inputs), t, PRECISION)
+            hidden = taken(tl.load(hidden_ptr + hidden_row[:, None] + k[None, :]), TAKES, PRECISION)
+            offsets = s_row[None, :] + k[:, None]
+            s = add_product(s, hidden, w_ptr, w_low_ptr, offsets, TAKES, PRECISION)
+            t = add_product(t, hidden, w_ptr, w_low_ptr, half * inputs + offsets, TAKES, PRECISION)
 
         complete = True
         if SPLIT_K > 1:
@@ -238,7 +267,15 @@ def coupling_kernel(
             y2 = x2 * _exp(j) + t
             if y2_ptr is not None:
                 _store_half(
-                    y2, y2_ptr, y2_index_ptr, row * y_row_stride, column, y2_features, y_feature_stride, PRECISION
+                    y2,
+                    y2_ptr,
+                    y2_index_ptr,
+                    row * y_row_stride,
+                    column,
+                    y2_features,
+                    y_feature_stride,
+                    ROUNDED,
+                    PRECISION,
                 )
             if squares_ptr is not None:
                 squares = _squares(y2, u2_gain_ptr, u2_shift_ptr, column, x2_features)
@@ -248,7 +285,15 @@ def coupling_kernel(
                 )
                 if y1_ptr is not None:
                     _store_half(
-                        x1, y1_ptr, y1_index_ptr, row * y_row_stride, column, y1_features, y_feature_stride, PRECISION
+                        x1,
+                        y1_ptr,
+                        y1_index_ptr,
+                        row * y_row_stride,
+                        column,
+                        y1_features,
+                        y_feature_stride,
+                        ROUNDED,
+                        PRECISION,
                     )
                 if u1_gain_ptr is not None:
                     squares += _squares(x1, u1_gain_ptr, u1_shift_ptr, column, x1_features)
@@ -284,10 +329,14 @@ def _load_half(
 
 
 @triton.jit
-def _store_half(y, y_ptr, index_ptr, y_row, column, features, feature_stride, PRECISION: tl.constexpr):
+def _store_half(
+    y, y_ptr, index_ptr, y_row, column, features, feature_stride, ROUNDED: tl.constexpr, PRECISION: tl.constexpr
+):
     valid = column < features
     feature = column if index_ptr is None else tl.load(index_ptr + column, mask=valid, other=0)
-    tl.store(y_ptr + y_row[:, None] + feature[None, :] * feature_stride, operand(y, PRECISION), mask=valid[None, :])
+    if ROUNDED:
+        y = operand(y, PRECISION)
+    tl.store(y_ptr + y_row[:, None] + feature[None, :] * feature_stride, y, mask=valid[None, :])
 
 
 @triton.jit

@@ -2,10 +2,12 @@
 
 Triton's interpreter multiplies bf16 by its raw bits, truncates where a card rounds to nearest, does not emulate tf32
 and knows no libdevice. Here operands are rounded on their bits when interpreted, and then multiplied in fp32; what is
-compiled is the plain instruction. A kernel makes its operands with `operand`, multiplies them with `dot`, and stores
-an operand as it is: its rounding is done, so that the interpreter's truncation loses nothing.
+compiled is the plain instruction. A kernel makes its operands with `operand` or `taken`, multiplies them with `dot`,
+and stores an operand as it is: its rounding is done, so that the interpreter's truncation loses nothing.
 
 PRECISION is one of "ieee", "tf32", "tf32x3" (operands in fp32) and "bf16" (operands in bf16); sums are always fp32.
+"tf32x3" takes every factor as two operands, itself and what rounding left of it. Triton has such products too, but cuts
+the first part off where this rounds it: what is lost then always has one sign, and adds up to seven times as much.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
@@ -55,8 +57,36 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif PRECISION == "bf16":
         return tl.dot(a, b, acc)
+    elif PRECISION == "ieee":
+        return tl.dot(a, b, acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision="tf32")
+
+
+@triton.jit
+def taken(x, TAKES: tl.constexpr, PRECISION: tl.constexpr):
+    """x as a product takes it, by one of configs.TAKES: the operand, and the second part where it is split in two."""
+    if TAKES == "operand":
+        return x, x
+    elif TAKES == "rounded":
+        rounded = operand(x, PRECISION)
+        return rounded, rounded
+    else:
+        exact = x.to(tl.float32)
+        large = operand(exact, "tf32")
+        return large, operand(exact - large, "tf32")
+
+
+@triton.jit
+def add_product(acc, x, w_ptr, w_low_ptr, offsets, TAKES: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x W, what is small first. x: see `taken`; w_low_ptr: what rounding left of W, beside "tf32x3" alone."""
+    large, small = x
+    w = tl.load(w_ptr + offsets)
+    if TAKES == "split":
+        acc = dot(small, w, acc, PRECISION)
+    if w_low_ptr is not None:
+        acc = dot(large, tl.load(w_low_ptr + offsets), acc, PRECISION)
+    return dot(large, w, acc, PRECISION)
 
 
 @triton.jit

@@ -2,12 +2,12 @@
 
     "hidden"   y = act(x W^T + bias)
     "offset"   y = x W^T + bias               a permutation's matrix, u, a condition's share of the hidden layer
-    "rotate"   w = x W^T + bias;  y = C y - S w;  rotated = S y + C w         y holds v on entry, q' on return
+    "rotate"   w = x W^T + bias;  y = C v - S w;  rotated = S v + C w
 
 The bias is one vector, or the positional tables' rows[r] + columns[q], or what y holds is added to either. It starts
 the sums instead of being added to them afterwards.
-Outputs of W beyond y's (a rotation's V1 below w1, which shares x) are v: what is kept of it are the values, the sums
-of its squares per row and tile, or both.
+Outputs of W beyond y's are v, in float32 (x2 of the next block, which no product takes; a rotation's V1 below w1, which
+shares x): what is kept of it are the values, the sums of its squares per row and tile, or both.
 
 x is (rows, inputs) as `rows.Rows` describes it. Widths of W and y are padded to multiples of 64 and the rows of
 workspaces to whole tiles, so that only a caller's own features need masks in the inner loop; what padded rows hold is
@@ -23,11 +23,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import LinearConfig
-from cflow_fast.kernels.lang import activated_operand, dot, operand
+from cflow_fast.kernels.configs import LinearConfig, how_taken
+from cflow_fast.kernels.lang import activated_operand, add_product, operand, taken
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.rows import Rows
-from cflow_fast.kernels.tiles import arrives_last, leave_split, locate, row_offsets, sum_splits
+from cflow_fast.kernels.tiles import (
+    arrives_last,
+    fetch_rows,
+    leave_split,
+    locate,
+    row_offsets,
+    sum_splits,
+    wait_for_earlier,
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,9 @@ class Positions:
 
 @dataclass(frozen=True)
 class Rotation:
-    """The elementwise part of a rotation; y holds v before and q' after."""
+    """The elementwise part of a rotation."""
 
+    v: Tensor  # (N, h) float32
     cosine: Tensor  # (h,) float32, padded with 1
     sine: Tensor  # (h,) float32, padded with 0
     rotated: Tensor  # (N, h) in y's strides: S v + C w
@@ -51,7 +60,7 @@ class Rotation:
 class Beyond:
     """What is kept of v, the outputs of W beyond y's; at least one of the two."""
 
-    values: Tensor | None  # (N, outputs) operand precision
+    values: Tensor | None  # (N, outputs) float32
     squares: Tensor | None  # (tiles, padded N) float32: sums over a tile's columns, row by row
 
 
@@ -70,13 +79,19 @@ def linear_launch(
     rotation: Rotation | None = None,
     beyond: Beyond | None = None,
     rounded: bool = True,
+    takes: str | None = None,
+    low: Tensor | None = None,
+    early: bool = False,
 ) -> Launch:
     """y[:N] = epilogue(x weight^T + bias) for N = x.count rows.
 
     weight: (outputs, inputs) operands, inputs a multiple of 64; y: (padded N, its outputs), rows evenly spaced.
     bias: float32 (outputs,), or two tables by position. adds_y: y starts with what it holds.
     rounded: y is stored as an operand, otherwise as the float32 that it was summed in.
+    takes: how x is taken, see `configs.TAKES`; None: as it has to be. low: what rounding left of weight, beside tf32x3.
+    early: see `tiles`; whatever else is launched between launches of one chain has to be early too, or end before them.
     """
+    assert (low is not None) == (precision == "tf32x3")
     (outputs, inputs), y_outputs = weight.shape, y.shape[1]
     assert (outputs > y_outputs) == (beyond is not None)
     row_tiles = triton.cdiv(x.count, config.block_rows)
@@ -84,11 +99,12 @@ def linear_launch(
     units = row_tiles * out_tiles * config.split_k
     splits = config.split_k > 1
     positions = bias if isinstance(bias, Positions) else None
-    values, squares = (beyond.values, beyond.squares) if beyond else (None, None)
+    values, squares = (beyond.values, beyond.squares) if beyond else (rotation.v if rotation else None, None)
     args = {
         "x_ptr": x.tensor,
         "index_ptr": x.index,
         "w_ptr": weight,
+        "w_low_ptr": low,
         "bias_ptr": bias if isinstance(bias, Tensor) else None,
         "lines_ptr": positions.rows if positions else None,
         "columns_ptr": positions.columns if positions else None,
@@ -121,11 +137,13 @@ def linear_launch(
         "OUTER": x.outer,
         "MAPS": x.maps is not None,
         "ROUNDED": rounded,
+        "TAKES": takes or how_taken(precision, x.outer),
+        "EARLY": early,
         "PRECISION": precision,
         **config.constexprs(),
     }
     grid = (min(units, multiprocessors * config.programs),)
-    return Launch(linear_kernel, grid, args, constexprs, config.options())
+    return Launch(linear_kernel, grid, args, constexprs, config.options(early))
 
 
 def _line(positions: Positions | None, block_rows: int) -> int:
@@ -141,6 +159,7 @@ def linear_kernel(
     x_ptr,
     index_ptr,
     w_ptr,
+    w_low_ptr,
     bias_ptr,
     lines_ptr,
     columns_ptr,
@@ -176,6 +195,8 @@ def linear_kernel(
     OUTER: tl.constexpr,
     MAPS: tl.constexpr,
     ROUNDED: tl.constexpr,
+    TAKES: tl.constexpr,
+    EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -189,13 +210,16 @@ def linear_kernel(
         out_tiles += tl.cdiv(outputs - y_outputs, BLOCK_OUT)
     split_inputs = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
     step = tl.arange(0, BLOCK_K)
+    if EARLY:
+        split, _, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
+        first_column, _, _ = _columns(out_tile, y_tiles, y_outputs, outputs, HAS_V, BLOCK_OUT)
+        w_row = tl.minimum(first_column + tl.arange(0, BLOCK_OUT), outputs - 1) * inputs
+        fetch_rows(w_ptr, w_row, split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs), BLOCK_OUT, 8)
+    wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)
-        first_row, first_column, end, is_v = row_tile * BLOCK_ROWS, out_tile * BLOCK_OUT, y_outputs, False
-        if HAS_V:
-            is_v = out_tile >= y_tiles
-            first_column += tl.where(is_v, y_outputs - y_tiles * BLOCK_OUT, 0)
-            end = tl.where(is_v, outputs, y_outputs)
+        first_row = row_tile * BLOCK_ROWS
+        first_column, end, is_v = _columns(out_tile, y_tiles, y_outputs, outputs, HAS_V, BLOCK_OUT)
         row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_OUT)
         x_row = row_offsets(row, x_row_stride, x_line_stride, x_image_stride, x_height, x_width, MAPS, OUTER)
         w_row = tl.minimum(column, outputs - 1) * inputs
@@ -218,10 +242,11 @@ def linear_kernel(
             x_tile_ptr = x_ptr + x_row[:, None] + feature[None, :] * x_feature_stride
             if OUTER:
                 valid = (row < rows)[:, None] & (k < x_features)[None, :]
-                x = operand(tl.load(x_tile_ptr, mask=valid, other=0.0), PRECISION)
+                x = tl.load(x_tile_ptr, mask=valid, other=0.0)
             else:
                 x = tl.load(x_tile_ptr)
-            acc = dot(x, tl.load(w_ptr + w_row[None, :] + k[:, None]), acc, PRECISION)
+            x = taken(x, TAKES, PRECISION)
+            acc = add_product(acc, x, w_ptr, w_low_ptr, w_row[None, :] + k[:, None], TAKES, PRECISION)
 
         complete = True
         if SPLIT_K > 1:
@@ -235,15 +260,26 @@ def linear_kernel(
                 valid, v_column = column < outputs, column - y_outputs
                 if v_ptr is not None:
                     v_tile_ptr = v_ptr + row[:, None] * v_row_stride + v_column[None, :]
-                    tl.store(v_tile_ptr, operand(acc, PRECISION), mask=valid[None, :])
+                    tl.store(v_tile_ptr, acc, mask=valid[None, :])
                 if squares_ptr is not None:
                     v = tl.where(valid[None, :], acc, 0.0)
                     tl.store(squares_ptr + (out_tile - y_tiles) * squares_stride + row, tl.sum(v * v, 1))
             else:
                 _store_y(
-                    acc, row, column, y_outputs, y_ptr, y_row_stride, cosine_ptr, sine_ptr, rotated_ptr,
-                    EPILOGUE, ACTIVATION, ROUNDED, PRECISION,
+                    acc, row, column, y_outputs, y_ptr, y_row_stride, v_ptr, v_row_stride, cosine_ptr, sine_ptr,
+                    rotated_ptr, EPILOGUE, ACTIVATION, ROUNDED, PRECISION,
                 )  # fmt: skip
+
+
+@triton.jit
+def _columns(out_tile, y_tiles, y_outputs, outputs, HAS_V: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """A tile's first output, where y or v ends, and whether it is v's."""
+    first, end, is_v = out_tile * BLOCK_OUT, y_outputs, False
+    if HAS_V:
+        is_v = out_tile >= y_tiles
+        first += tl.where(is_v, y_outputs - y_tiles * BLOCK_OUT, 0)
+        end = tl.where(is_v, outputs, y_outputs)
+    return first, end, is_v
 
 
 @triton.jit
@@ -275,16 +311,18 @@ def _add_positions(
 
 @triton.jit
 def _store_y(
-    acc, row, column, outputs, y_ptr, y_row_stride, cosine_ptr, sine_ptr, rotated_ptr,
+    acc, row, column, outputs, y_ptr, y_row_stride, v_ptr, v_row_stride, cosine_ptr, sine_ptr, rotated_ptr,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     valid = column < outputs
     at = row[:, None] * y_row_stride + column[None, :]
     if EPILOGUE == "rotate":
-        v = tl.load(y_ptr + at, mask=valid[None, :], other=0.0).to(tl.float32)
+        v_at = row[:, None] * v_row_stride + column[None, :]
+        v = tl.load(v_ptr + v_at, mask=valid[None, :], other=0.0)
         cosine = tl.load(cosine_ptr + column, mask=valid, other=1.0)[None, :]
         sine = tl.load(sine_ptr + column, mask=valid, other=0.0)[None, :]
-        tl.store(rotated_ptr + at, operand(sine * v + cosine * acc, PRECISION), mask=valid[None, :])
+        rotated = sine * v + cosine * acc
+        tl.store(rotated_ptr + at, operand(rotated, PRECISION) if ROUNDED else rotated, mask=valid[None, :])
         acc = cosine * v - sine * acc
     if EPILOGUE == "hidden":
         y = activated_operand(acc, ACTIVATION, PRECISION)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ def operand_dtype(precision: str) -> torch.dtype:
 class PhaseWeights:
     """half: both halves padded to one width; m: the hidden layer padded. Vectors are float32, matrices operands.
 
-    w1: a block's first layer (m, half); below it V1 (half, half) where a rotation follows.
+    w1: a block's first layer (m, half); where a rotation follows and `joined`, below it V1 (half, half).
+    low: beside tf32x3, the same of what rounding left of every matrix.
     """
 
     weights: FlowWeights
@@ -38,19 +39,25 @@ class PhaseWeights:
     norm_passive: tuple[Tensor, Tensor] | None  # the same of the last x1; None after a rotation
     soft: SoftMixing | None  # padded
     hard: HardMixing | None  # passive and active as (K, half) int32, gain and shift as (K, half)
+    low: PhaseWeights | None = None
 
     @classmethod
     def prepare(cls, weights: FlowWeights, precision: str) -> PhaseWeights:
-        half, hidden = _padded(weights.passive), _padded(weights.hidden)
-        operands = _Operands(precision)
+        low = cls._prepare(weights, _Operands(precision, low=True)) if precision == "tf32x3" else None
+        return replace(cls._prepare(weights, _Operands(precision)), low=low)
+
+    @classmethod
+    def _prepare(cls, weights: FlowWeights, operands: _Operands) -> PhaseWeights:
+        half, hidden, precision = _padded(weights.passive), _padded(weights.hidden), operands.precision
         soft = weights.mixing if isinstance(weights.mixing, SoftMixing) else None
         w1 = [operands(matrix, hidden, half) for matrix in weights.w1]
         bias = list(pad(weights.b1.float(), hidden))
         padded_soft = None
         if soft is not None:
             padded_soft = _soft(soft, operands, weights.passive, half)
+        if padded_soft is not None and is_joined(precision):
             for rotation, (v1, offset) in enumerate(zip(padded_soft.passive, padded_soft.passive_offset, strict=True)):
-                block = soft.matrices + rotation
+                block = padded_soft.matrices + rotation
                 w1[block], bias[block] = torch.cat([w1[block], v1]), torch.cat([bias[block], offset])
         active, passive = _norm(weights, half)
         condition = weights.w1_condition
@@ -94,16 +101,22 @@ class PhaseWeights:
         return self.w2.device
 
 
-class _Operands:
-    """Pads matrices with zeros and rounds them to what the matrix units take."""
+def is_joined(precision: str) -> bool:
+    """Whether a rotation's V1 is one product with w1. In tf32 it takes their common factor otherwise."""
+    return precision != "tf32"
 
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
+
+class _Operands:
+    """Pads matrices with zeros and rounds them to what the matrix units take; low: to what that left of them."""
+
+    def __init__(self, precision: str, low: bool = False) -> None:
+        self.precision, self.low = precision, low
 
     def __call__(self, matrix: Tensor, rows: int, columns: int) -> Tensor:
         matrix = pad(matrix, rows, columns)
-        if self.precision == "tf32":
-            return round_to_tf32(matrix.float())
+        if self.precision in ("tf32", "tf32x3"):
+            rounded = round_to_tf32(matrix.float())
+            return round_to_tf32(matrix.float() - rounded) if self.low else rounded
         return matrix.to(operand_dtype(self.precision))
 
     def halves(self, matrix: Tensor, first: int, half: int, columns: int) -> Tensor:

@@ -15,11 +15,11 @@ import triton
 from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import LinearConfig, ReductionConfig
+from cflow_fast.kernels.configs import LinearConfig, ReductionConfig, begins_early, how_taken
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
-from cflow_fast.kernels.phase_weights import PhaseWeights
+from cflow_fast.kernels.phase_weights import PhaseWeights, is_joined
 from cflow_fast.kernels.reduction import reduction_launch
 from cflow_fast.kernels.rows import Rows, loose_rows
 from cflow_fast.kernels.state import HardState, SoftState
@@ -40,9 +40,13 @@ class Phases:
         self.scratch = Scratch(prepared.device)
         half, hidden = prepared.half, prepared.hidden
         self.coupling = select_coupling(rows, hidden, half, prepared.precision, chip)
-        self.with_v = self._config(half, hidden + half)
+        self.early, self.begun = begins_early(rows, chip), False
+        if self.early:
+            self.scratch.counters(1)  # now: a launch can be early only after another one
+        self.joined = is_joined(prepared.precision)
+        self.makes_v = self._config(half, hidden + half if self.joined else half)
         self.tiles = triton.cdiv(half, self.coupling.block_out)
-        self.v_tiles = 0 if prepared.norm_passive else triton.cdiv(half, self.with_v.block_out)
+        self.v_tiles = 0 if prepared.norm_passive else triton.cdiv(half, self.makes_v.block_out)
         self.padded_rows = triton.cdiv(rows, ROW_PADDING) * ROW_PADDING
         self.hidden = self.empty(self.padded_rows, hidden)
         self.sums = self.empty(
@@ -66,7 +70,14 @@ class Phases:
                 source = state.source(block + 1)
         log_dets = weights.blocks * self.tiles
         yield reduction_launch(
-            self.sums, log_dets, weights.log_scale, weights.features, log_prob, log_det, ReductionConfig()
+            self.sums,
+            log_dets,
+            weights.log_scale,
+            weights.features,
+            log_prob,
+            log_det,
+            ReductionConfig(),
+            self._is_early(),
         )
         if want_u:
             yield from state.turn_into_u(weights.blocks - 1)
@@ -76,29 +87,39 @@ class Phases:
         """(N, D) float32, after launches that wanted it."""
         return self.state.u()
 
-    def linear(self, x: Rows, weight: Tensor, y: Tensor, bias: Tensor | None = None, **options: object) -> Launch:
+    def linear(
+        self, x: Rows, weight: Tensor, low: Tensor | None, y: Tensor, bias: Tensor | None = None, **options: object
+    ) -> Launch:
         config = self._config(weight.shape[1], weight.shape[0], rotates=options.get("rotation") is not None)
-        return self._linear(x, weight, y, config, bias, **options)
+        return self._linear(x, weight, low, y, config, bias, **options)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.prepared.dtype, device=self.prepared.device)
 
     def _first_layer(self, block: int, x1: Rows, bias: HiddenBias, beyond: Beyond | None) -> Iterator[Launch]:
         w = self.prepared
-        config = self.with_v if beyond else self._config(w.half, w.hidden)
+        config = self.makes_v if beyond and self.joined else self._config(w.half, w.hidden)
         if isinstance(bias, Tensor):
             assert w.w1_condition is not None
-            yield self.linear(loose_rows(bias), w.w1_condition[block], self.hidden)
+            low = None if w.low is None else _of(w.low.w1_condition, block)
+            yield self.linear(loose_rows(bias), w.w1_condition[block], low, self.hidden)
         yield self._linear(
             x1,
             w.w1[block],
+            None if w.low is None else w.low.w1[block],
             self.hidden,
             config,
             bias[block] if isinstance(bias, list) else w.bias[block],
             adds_y=isinstance(bias, Tensor),
             activation=w.weights.activation,
-            beyond=beyond,
+            beyond=beyond if self.joined else None,
+            takes=how_taken(w.precision, x1.outer, exact=not w.hard),
         )
+        if beyond and not self.joined:
+            assert w.soft is not None
+            rotation, nothing = block - w.soft.matrices, self.hidden[:, :0]
+            v1, offset = w.soft.passive[rotation], w.soft.passive_offset[rotation]
+            yield self._linear(x1, v1, None, nothing, self.makes_v, offset, beyond=beyond, takes="split")
 
     def _coupling_layer(self, block: int, source: Halves, kept: bool, last: bool) -> Launch:
         w = self.prepared
@@ -121,7 +142,20 @@ class Phases:
             self.chip.multiprocessors,
             pending=self.state.pending(block),
             norm=norm,
+            rounded=self.rounds_state,
+            low=None if w.low is None else w.low.w2[block],
+            early=self._is_early(),
         )
+
+    def _is_early(self) -> bool:
+        """Of the next launch: the first of a chain follows whatever the caller queued."""
+        early, self.begun = self.early and self.begun, True
+        return early
+
+    @property
+    def rounds_state(self) -> bool:
+        """Whether what a product takes is stored as an operand; soft permutations in tf32 take it as two."""
+        return bool(self.prepared.hard) or self.prepared.precision != "tf32"
 
     def v_squares(self) -> Tensor:
         """The sums of v^2 after the last block's rotation."""
@@ -134,6 +168,7 @@ class Phases:
         self,
         x: Rows,
         weight: Tensor,
+        low: Tensor | None,
         y: Tensor,
         config: LinearConfig,
         bias: Tensor | Positions | None,
@@ -148,5 +183,11 @@ class Phases:
             self.scratch,
             self.chip.multiprocessors,
             bias=bias,
+            low=low,
+            early=self._is_early(),
             **options,  # type: ignore[arg-type]
         )
+
+
+def _of(matrices: Tensor | None, block: int) -> Tensor | None:
+    return None if matrices is None else matrices[block]

@@ -56,12 +56,18 @@ def precision_of(name: str, weights: FlowWeights, operands: torch.dtype, state: 
     """What a product is made in: `operands`, or `state` for those whose rounding the likelihood would show.
 
     state: None for the state's precision on a CPU, where a product in bf16 comes out rounded to bf16, which neither a
-    state should be nor what a narrow decoder scales it by; and for `operands` elsewhere.
+    state should be nor what a narrow decoder scales it by; and for `operands` elsewhere, see `_gives_sums`.
     """
     shows = name in _MIXING or (name == "w2_scale" and weights.features < NARROW)
     if not shows:
         return operands
     return state or (weights.state_dtype if weights.device.type == "cpu" else operands)
+
+
+def _gives_sums(name: str, matrix: Tensor) -> bool:
+    """Whether a product in bf16 comes out in the float32 that it was summed in, which a card can do: a state is not to
+    be rounded between two blocks."""
+    return name in _MIXING and matrix.is_cuda
 
 
 class _Elementwise(ABC):
@@ -100,16 +106,20 @@ class MatmulProducts(_Elementwise):
         self.weights = weights
         self.operand_dtype = operand_dtype
         self.matrices = {
-            name: ProductFamily(m.matrix.to(dtype), None if m.bias is None else m.bias.to(dtype).unsqueeze(2))
+            name: ProductFamily(m.matrix.to(dtype), None if m.bias is None else m.bias.to(bias).unsqueeze(2))
             for name, m in product_families(weights).items()
             for dtype in [precision_of(name, weights, operand_dtype, state)]
+            for bias in [weights.state_dtype if _gives_sums(name, m.matrix) else dtype]
         }
 
     def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
         family = self.matrices[name]
         matrix = family.matrix[block]
         bias, x = None if family.bias is None else family.bias[block], x.to(matrix.dtype)
-        if add is not None:
+        if _gives_sums(name, matrix) and matrix.dtype == torch.bfloat16:
+            y = torch.mm(matrix, x, out_dtype=torch.float32)
+            y = y if bias is None else y.add_(bias)
+        elif add is not None:
             y = add.to(matrix.dtype).addmm_(matrix, x)
             y = y if bias is None else y.add_(bias)
         else:

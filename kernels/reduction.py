@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.configs import ReductionConfig
 from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.tiles import wait_for_earlier
 
 
 def reduction_launch(
@@ -25,8 +26,12 @@ def reduction_launch(
     log_prob: Tensor,
     log_det: Tensor,
     config: ReductionConfig,
+    early: bool = False,
 ) -> Launch:
-    """sums: (tiles, padded N), `log_dets` sums of j and then those of u^2; log_prob, log_det: (N,); all float32."""
+    """sums: (tiles, padded N), `log_dets` sums of j and then those of u^2; log_prob, log_det: (N,); all float32.
+
+    early: see `tiles`.
+    """
     rows = len(log_prob)
     args = {
         "sums_ptr": sums,
@@ -39,9 +44,10 @@ def reduction_launch(
         "log_scale": log_scale,
         "constant": features * math.log(2 * math.pi),
     }
-    constexprs = {"BLOCK_TILES": config.block_tiles, "BLOCK_ROWS": config.block_rows}
+    constexprs = {"EARLY": early, "BLOCK_TILES": config.block_tiles, "BLOCK_ROWS": config.block_rows}
+    options = {"num_warps": config.warps} | ({"launch_pdl": True} if early else {})
     grid = (triton.cdiv(rows, config.block_rows),)
-    return Launch(reduction_kernel, grid, args, constexprs, {"num_warps": config.warps})
+    return Launch(reduction_kernel, grid, args, constexprs, options)
 
 
 @triton.jit
@@ -55,9 +61,11 @@ def reduction_kernel(
     sums_stride,
     log_scale,
     constant,
+    EARLY: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
+    wait_for_earlier(EARLY)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     step = tl.arange(0, BLOCK_TILES)
     log_det = tl.zeros((BLOCK_TILES, BLOCK_ROWS), tl.float32)

@@ -1,6 +1,6 @@
 """What lies between two coupling blocks, and how it is mixed: the permutations' part of `phases`.
 
-soft   row-major (N, [passive | active]), twice, since no product writes where others still read
+soft   row-major (N, [passive | active]), twice, since no product writes where others still read; and once in float32
 hard   feature-major (D, N), once: y2 is written over x2, and nothing else ever moves
 """
 
@@ -62,58 +62,60 @@ class HardState:
 
 
 class SoftState:
-    """A matrix takes a state from one buffer to the other. A rotation leaves x2 in its buffer and q in either."""
+    """[x1 or q | y2] as products take them, and [v | x2] in float32, which nothing but the next sum reads.
+
+    A matrix takes a state from one buffer to the other; a rotation leaves it in its own.
+    """
 
     def __init__(self, phases: Phases) -> None:
         self.phases = phases
         assert phases.prepared.soft is not None
         self.mixing: SoftMixing = phases.prepared.soft
-        width = 2 * phases.prepared.half
-        self.with_passive, self.other = (phases.empty(phases.padded_rows, width) for _ in range(2))
-        self.with_active, self.scratch = self.with_passive, self.other
+        shape = phases.padded_rows, 2 * phases.prepared.half
+        self.state, self.other = (phases.empty(*shape) for _ in range(2))
+        self.values = phases.empty(*shape, dtype=torch.float32)
         self.wanted_u: Tensor | None = None
 
     def source(self, block: int) -> Halves:
-        return Halves(self._rows(self._passive(self.with_passive)), self._rows(self._active(self.with_active)))
+        return Halves(self._rows(self._passive(self.state)), self._rows(self._active(self.values)))
 
     def target(self, block: int) -> Target:
-        halves = self.source(block)
-        return Target(halves.active, halves.passive if block == 0 and self.mixing.matrices else None)
+        passive = self._passive(self.state) if block == 0 and self.mixing.matrices else None
+        return Target(self._rows(self._active(self.state)), None if passive is None else self._rows(passive))
 
     def pending(self, block: int) -> None:
         return None
 
     def beyond(self, block: int, kept: bool, last: bool) -> Beyond | None:
-        """v of a rotation, in the half-buffer where q will be."""
+        """v of a rotation."""
         rotation = block - self.mixing.matrices
         if rotation < 0:
             return None
         return Beyond(
-            values=self._passive(self.other) if kept else None,
+            values=self._passive(self.values) if kept else None,
             squares=self.phases.v_squares() if last else None,
         )
 
     def mix(self, block: int) -> Iterator[Launch]:
         rotation = block - self.mixing.matrices
         if rotation < 0:
-            yield self._product(self.with_active, "matrix", block, self.other, self.mixing.offset[block])
-            self.with_passive, self.other = self.other, self.with_passive
-            self.with_active, self.scratch = self.with_passive, self.other
+            x2 = Beyond(values=self._active(self.values), squares=None)
+            yield self._mixed(self.state, "matrix", block, self._passive(self.other), beyond=x2)
+            self.state, self.other = self.other, self.state
             return
         yield self._rotate(rotation)
-        yield self._product(self._active(self.scratch), "output", rotation, self._active(self.with_active))
-        self.with_passive, self.other = self.other, self.with_passive
+        yield self._mixed(self._active(self.other), "output", rotation, self._active(self.values), rounded=False)
 
     def turn_into_u(self, block: int) -> Iterator[Launch]:
         half = self.phases.prepared.half
         self.wanted_u = u = self.phases.empty(self.phases.padded_rows, 2 * half, dtype=torch.float32)
         rotation = block - self.mixing.matrices
         if rotation < 0:
-            yield self._product(self.with_active, "matrix", block, u, self.mixing.offset[block], rounded=False)
+            yield self._mixed(self.state, "matrix", block, u, rounded=False)
             return
         yield self._rotate(rotation)
-        yield self._product(self._passive(self.other), "passive_output", 0, self._passive(u), rounded=False)
-        yield self._product(self._active(self.scratch), "output", rotation, self._active(u), rounded=False)
+        yield self._mixed(self._passive(self.state), "passive_output", 0, self._passive(u), rounded=False)
+        yield self._mixed(self._active(self.other), "output", rotation, self._active(u), rounded=False)
 
     def u(self) -> Tensor:
         assert self.wanted_u is not None
@@ -121,21 +123,26 @@ class SoftState:
         return torch.cat([self._passive(u)[:rows, : weights.passive], self._active(u)[:rows, : weights.active]], 1)
 
     def _rotate(self, rotation: int) -> Launch:
-        """w from y2, and with v elementwise to q', in v's place, and to what the output matrix takes to x2."""
-        parts = Rotation(self.mixing.cosine[rotation], self.mixing.sine[rotation], self._active(self.scratch))
-        return self._product(
-            self._active(self.with_active),
-            "active",
-            rotation,
-            self._passive(self.other),
-            self.mixing.active_offset[rotation],
-            rotation=parts,
-        )
+        """w from y2, and with v elementwise to q', in q's place, and to what the output matrix takes to x2."""
+        rotated, v = self._active(self.other), self._passive(self.values)
+        parts = Rotation(v, self.mixing.cosine[rotation], self.mixing.sine[rotation], rotated)
+        return self._mixed(self._active(self.state), "active", rotation, self._passive(self.state), rotation=parts)
 
-    def _product(
-        self, x: Tensor, name: str, block: int, y: Tensor, bias: Tensor | None = None, **options: object
-    ) -> Launch:
-        return self.phases.linear(self._rows(x), getattr(self.mixing, name)[block], y, bias, **options)
+    def _mixed(self, x: Tensor, name: str, block: int, y: Tensor, **options: object) -> Launch:
+        """One of the mixing's products; in tf32 its factor is taken as two operands, and nothing else keeps digits."""
+        prepared = self.phases.prepared
+        matrices, offsets = getattr(self.mixing, name), getattr(self.mixing, OFFSETS.get(name, ""), None)
+        low = None if prepared.low is None else getattr(prepared.low.soft, name)[block]
+        options = {"rounded": self.phases.rounds_state} | options
+        return self.phases.linear(
+            self._rows(x),
+            matrices[block],
+            low,
+            y,
+            None if offsets is None else offsets[block],
+            takes="split" if prepared.precision in ("tf32", "tf32x3") else None,
+            **options,
+        )
 
     def _rows(self, x: Tensor) -> Rows:
         return Rows(x, self.phases.rows, x.shape[1], x.stride(0), 1)
@@ -145,3 +152,7 @@ class SoftState:
 
     def _active(self, x: Tensor) -> Tensor:
         return x[:, self.phases.prepared.half :]
+
+
+OFFSETS = {"matrix": "offset", "active": "active_offset"}
+"""Of the mixing's products those that have one, by name."""

@@ -84,6 +84,10 @@ class TritonFlow:
         finish(self.weights.device)
         return prepared
 
+    def runs_whole(self, rows: int, own_condition: bool = False) -> bool:
+        """Whether so many rows run in one kernel."""
+        return self._whole_config(rows, own_condition) is not None
+
     def _whole_config(self, rows: int, own_condition: bool = False) -> WholeFlowConfig | None:
         features = self.weights.features
         hard = isinstance(self.weights.mixing, HardMixing)

@@ -1,6 +1,7 @@
 """A folded decoder on a GPU that takes, call by call, what the tuning table names: Triton's kernels or the plain path.
 
-Where the table says nothing, Triton. Loose rows (`rows`) always: maps are what is measured.
+Where the table says nothing, Triton; but in fp32 without the matrix units, where a wide decoder is nothing but
+products, the plain path: the library's are more than twice as fast (bench/results). The same for loose rows.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ class TunedFlow:
             return flow.log_prob_map(features, encoding)
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
+        if self._unmeasured(len(z), own_condition=condition is not None) == "plain":
+            with on_device(z.device), self._lock:
+                if self._plain is None and not in_capture(self.weights.device):
+                    self._plain = self.plain()
+                    finish(self.weights.device)
+            if self._plain is not None:
+                with on_device(z.device):
+                    return self._plain.rows(z, condition, want_u)
         return self.triton.rows(z, condition, want_u)
 
     def backend(self, rows: int) -> str:
@@ -52,7 +61,14 @@ class TunedFlow:
             rows,
         )
         chosen = tuning.choice(problem, self.triton.chip)
-        return "triton" if chosen is None or not self._as_measured() else chosen.backend
+        if chosen is None:
+            return self._unmeasured(rows)
+        return chosen.backend if self._as_measured() else "triton"
+
+    def _unmeasured(self, rows: int, own_condition: bool = False) -> str:
+        """What is taken where no table says."""
+        wide = self.triton.precision == "ieee" and not self.triton.runs_whole(rows, own_condition)
+        return "plain" if wide and self._as_measured() else "triton"
 
     def plain(self) -> TorchFlow:
         """A plain path of its own."""

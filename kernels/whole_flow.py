@@ -191,6 +191,8 @@ def _launch(
     config: WholeFlowConfig,
 ) -> Launch:
     weights = prepared.weights
+    if not prepared.hard and prepared.side and prepared.side < _columns_beside(config):
+        raise ValueError(f"{config.warps} warps cannot share {prepared.side} columns of {config.block_rows} rows")
     programs = cover.programs(own["images"], own["height"], own["width"], config.block_rows)
     if programs * config.block_rows >= 2**31:
         raise ValueError(f"at most 2^31 - 1 positions can be given at once, got {own['log_prob_ptr'].numel()}")
@@ -236,6 +238,15 @@ def _launch(
     }
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     return Launch(whole_flow_kernel, (programs,), args, constexprs, options)
+
+
+def _columns_beside(config: WholeFlowConfig) -> int:
+    """The narrowest matrix instruction for every group of four warps that has the same rows as another. Where there are
+    fewer columns, Triton 3.6 has the second group read beyond the shared memory that it was given."""
+    rows_of_a_group = 64
+    if config.block_rows < rows_of_a_group:
+        return 0
+    return 16 * max(1, config.warps // 4 // (config.block_rows // rows_of_a_group))
 
 
 def _readable(x: Tensor) -> Tensor:

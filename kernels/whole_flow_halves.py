@@ -26,17 +26,9 @@ def zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, SIDE: tl.constexpr):
 
 
 @triton.jit
-def floats(half, SIDE: tl.constexpr):
-    main, side = half
-    main = main.to(tl.float32)
-    if SIDE:
-        side = side.to(tl.float32)
-    return main, side
-
-
-@triton.jit
 def kept(half, PRECISION: tl.constexpr, SIDE: tl.constexpr):
-    """A half as it lies in registers between blocks: bf16 beside bf16 operands, else float32 and not rounded."""
+    """A half that products take, as it lies in registers or in the scratch: bf16 beside bf16 operands, else float32 and
+    not rounded."""
     main, side = half
     if PRECISION == "bf16":
         main = operand(main, PRECISION)
@@ -77,24 +69,42 @@ def squares(half, SIDE: tl.constexpr):
 
 
 @triton.jit
-def product(acc, half, w_ptr, output, PRECISION: tl.constexpr, MAIN: tl.constexpr, SIDE: tl.constexpr):
-    """acc + half w^T for some outputs; w (outputs, h)."""
-    main, side = half
+def product(
+    acc, half, rest, w_ptr, output, PRECISION: tl.constexpr, MAIN: tl.constexpr, SIDE: tl.constexpr, SPLIT: tl.constexpr
+):
+    """acc + half w^T for some outputs, or SPLIT (half + rest) w^T; w (outputs, h)."""
     row = output[None, :] * (MAIN + SIDE)
-    acc = dot(main, tl.load(w_ptr + row + tl.arange(0, MAIN)[:, None]), acc, PRECISION)
+    w = tl.load(w_ptr + row + tl.arange(0, MAIN)[:, None])
+    if SPLIT:
+        acc = dot(rest[0], w, acc, PRECISION)
+    acc = dot(half[0], w, acc, PRECISION)
     if SIDE:
-        acc = dot(side, tl.load(w_ptr + row + (MAIN + tl.arange(0, SIDE))[:, None]), acc, PRECISION)
+        w = tl.load(w_ptr + row + (MAIN + tl.arange(0, SIDE))[:, None])
+        if SPLIT:
+            acc = dot(rest[1], w, acc, PRECISION)
+        acc = dot(half[1], w, acc, PRECISION)
     return acc
 
 
 @triton.jit
+def _rest(half, large, PRECISION: tl.constexpr, SIDE: tl.constexpr):
+    """What rounding to tf32 left, as another operand."""
+    main = operand(half[0] - large[0], PRECISION)
+    side = operand(half[1] - large[1], PRECISION) if SIDE else nothing()
+    return main, side
+
+
+@triton.jit
 def mapped(acc, half, w_ptr, PRECISION: tl.constexpr, MAIN: tl.constexpr, SIDE: tl.constexpr, HALVES: tl.constexpr = 1):
-    """acc + half w^T; w (HALVES h, h)."""
+    """acc + half w^T; w (HALVES h, h). In tf32 half is taken as two operands: nothing else keeps its digits."""
+    SPLIT: tl.constexpr = PRECISION == "tf32"
+    large = operands(half, PRECISION, SIDE)
+    rest = _rest(half, large, PRECISION, SIDE) if SPLIT else large
     main, side = acc
-    main = product(main, half, w_ptr, tl.arange(0, HALVES * MAIN), PRECISION, MAIN, SIDE)
+    main = product(main, large, rest, w_ptr, tl.arange(0, HALVES * MAIN), PRECISION, MAIN, SIDE, SPLIT)
     if SIDE:
         output = HALVES * MAIN + tl.arange(0, HALVES * SIDE)
-        side = product(side, half, w_ptr, output, PRECISION, MAIN, SIDE)
+        side = product(side, large, rest, w_ptr, output, PRECISION, MAIN, SIDE, SPLIT)
     return main, side
 
 

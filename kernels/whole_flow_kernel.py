@@ -4,11 +4,11 @@ Per block, with weights as `whole_flow_weights` pads them and halves of h = MAIN
 
     hidden = act(w1 x1 + bias)      in chunks of BLOCK_HIDDEN, never stored: each goes straight into s and t
     s, t   = w2 hidden + b2
-    j      = clamp tanh(s);   y2 = x2 exp(j) + t;   log_det += sum(j)
+    j      = clamp tanh(s);   y2 = x2 exp(j) + t;   log_det += sum(j)         x2 in float32: no product takes it
     mixing   a matrix:    x1, x2 = offset + the four quarters of P [x1; y2]
              a rotation:  v = passive x1 + .., w = active y2 + ..; x1 = C v - S w, x2 = output (S v + C w)
              hard:        y2 goes back to where it was read from in a feature-major scratch of the tile's own;
-                          the next block reads its features by index
+                          the next block reads its features by index, x2 when s and t are there
 
 bias is b1; or w1_condition c + b1; or the positional tables' rows[r] + columns[q]. A tile touches few of the tables'
 entries, so these are one more product: a selection (BLOCK_ROWS x ENTRIES) of zeros and ones, two of them ones in each
@@ -24,7 +24,6 @@ import triton.language as tl
 
 from cflow_fast.kernels.lang import activated_operand, dot, exp2, operand, tanh
 from cflow_fast.kernels.whole_flow_halves import (
-    floats,
     kept,
     mapped,
     nothing,
@@ -103,13 +102,15 @@ def whole_flow_kernel(
     row_number = (image.to(tl.int64) * height + line) * width + column
     base = features_ptr + image.to(tl.int64) * image_stride
     base += line.to(tl.int64) * line_stride + column.to(tl.int64) * column_stride
-    x1 = kept(read(base, None, feature_stride, inside, PASSIVE, MAIN, SIDE), PRECISION, SIDE)
+    passive = kept(read(base, None, feature_stride, inside, PASSIVE, MAIN, SIDE), PRECISION, SIDE)
     base += PASSIVE * tl.cast(feature_stride, tl.int64)
-    x2 = kept(read(base, None, feature_stride, inside, ACTIVE, MAIN, SIDE), PRECISION, SIDE)
     if HARD:
         everywhere = tl.full((BLOCK_ROWS,), True, tl.int1)
         slot = scratch_ptr + program.to(tl.int64) * ((PASSIVE + ACTIVE) * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)
-        write(slot, None, BLOCK_ROWS, everywhere, x1, PASSIVE, MAIN, SIDE)
+        write(slot, None, BLOCK_ROWS, everywhere, passive, PASSIVE, MAIN, SIDE)
+    else:
+        x1 = passive
+        x2 = read(base, None, feature_stride, inside, ACTIVE, MAIN, SIDE)
     if ENTRIES:
         entry = tl.arange(0, ENTRIES)
         chosen = entry[None, :] == touched_line[:, None]
@@ -124,9 +125,11 @@ def whole_flow_kernel(
     for block in tl.range(0, BLOCKS, num_stages=1):
         k = tl.cast(block, tl.int64)
         if HARD:
-            found, pending = index_ptr + k * (2 * h), pending_ptr + k * (2 * h)
-            x1, x2 = _reread(block, x1, x2, slot, found, pending, PRECISION, BLOCK_ROWS, PASSIVE, ACTIVE, MAIN, SIDE)
-        passive = operands(x1, PRECISION, SIDE)
+            found = index_ptr + k * (2 * h)
+            tl.debug_barrier()  # what other threads of this program wrote at the end of the block before
+            own = operands(read(slot, found, BLOCK_ROWS, everywhere, PASSIVE, MAIN, SIDE), PRECISION, SIDE)
+        else:
+            own = operands(x1, PRECISION, SIDE)
         acc = vector(b2_ptr + k * (2 * h), BLOCK_ROWS, 2 * MAIN, 2 * SIDE)
         w1_block_ptr = w1_ptr + k * (HIDDEN * h)
         w2_block_ptr = w2_ptr + k * (2 * h * HIDDEN)
@@ -151,20 +154,28 @@ def whole_flow_kernel(
                     c = tl.load(own_ptr[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
                     matrix_ptrs = w1_condition_ptr + (k * HIDDEN + unit)[None, :] * CHANNELS + channel[:, None]
                     hidden = dot(c, tl.load(matrix_ptrs), hidden, PRECISION)
-            hidden = product(hidden, passive, w1_block_ptr, unit, PRECISION, MAIN, SIDE)
+            hidden = product(hidden, own, own, w1_block_ptr, unit, PRECISION, MAIN, SIDE, False)
             hidden = activated_operand(hidden, ACTIVATION, PRECISION)
             acc = _second_layer(acc, hidden, w2_block_ptr, unit, HIDDEN, PRECISION, MAIN, SIDE)
         s, t = unpair(acc, BLOCK_ROWS, MAIN, SIDE)
-        y2, j = _affine(x2, s, t, clamp, PRECISION, SIDE)
+        if HARD:
+            found += h
+            active = _active_half(
+                block, base, feature_stride, inside, slot, found, pending_ptr + k * (2 * h), BLOCK_ROWS, ACTIVE,
+                MAIN, SIDE,
+            )  # fmt: skip
+        else:
+            active = x2
+        y2, j = _affine(active, s, t, clamp, PRECISION, SIDE)
         log_det += j
         if HARD:
-            x2 = kept(y2, PRECISION, SIDE)
+            norm = squares(scaled(y2, final_ptr + 2 * h, BLOCK_ROWS, MAIN, SIDE), SIDE)  # the last block's counts
             tl.debug_barrier()  # all have read what is overwritten now
-            write(slot, index_ptr + k * (2 * h) + h, BLOCK_ROWS, everywhere, x2, ACTIVE, MAIN, SIDE)
+            write(slot, found, BLOCK_ROWS, everywhere, kept(y2, PRECISION, SIDE), ACTIVE, MAIN, SIDE)
         else:
             x1, x2, norm = soft_mixing(
                 block,
-                passive,
+                x1,
                 y2,
                 matrix_ptr,
                 offset_ptr,
@@ -178,21 +189,21 @@ def whole_flow_kernel(
                 MAIN,
                 SIDE,
             )
-            x1, x2 = kept(x1, PRECISION, SIDE), kept(x2, PRECISION, SIDE)
+            x1 = kept(x1, PRECISION, SIDE)
     if HARD:
-        x1 = scaled(floats(x1, SIDE), final_ptr, BLOCK_ROWS, MAIN, SIDE)
-        x2 = scaled(floats(x2, SIDE), final_ptr + 2 * h, BLOCK_ROWS, MAIN, SIDE)
-    x2 = floats(x2, SIDE)
-    if MATRICES == BLOCKS or HARD:
-        x1 = floats(x1, SIDE)
-        norm = squares(x1, SIDE) + squares(x2, SIDE)
+        found = index_ptr + (BLOCKS - 1) * (2 * h)
+        tl.debug_barrier()
+        x1 = scaled(read(slot, found, BLOCK_ROWS, everywhere, PASSIVE, MAIN, SIDE), final_ptr, BLOCK_ROWS, MAIN, SIDE)
+        norm += squares(x1, SIDE)
     tl.store(log_prob_ptr + row_number, log_normaliser + (log_det - 0.5 * norm), mask=inside)
     if log_det_ptr is not None:
         tl.store(log_det_ptr + row_number, log_scale + log_det, mask=inside)
     if u_ptr is not None:
-        if MATRICES < BLOCKS and not HARD:
-            zero = zeros(BLOCK_ROWS, MAIN, SIDE)
-            x1 = mapped(zero, operands(x1, PRECISION, SIDE), passive_output_ptr, PRECISION, MAIN, SIDE)
+        if HARD:
+            x2 = read(slot, found + h, BLOCK_ROWS, everywhere, ACTIVE, MAIN, SIDE)
+            x2 = scaled(x2, final_ptr + 2 * h, BLOCK_ROWS, MAIN, SIDE)
+        elif MATRICES < BLOCKS:
+            x1 = mapped(zeros(BLOCK_ROWS, MAIN, SIDE), x1, passive_output_ptr, PRECISION, MAIN, SIDE)
         own_u_ptr = u_ptr + row_number * (PASSIVE + ACTIVE)
         write(own_u_ptr, place_ptr, 1, inside, x1, PASSIVE, MAIN, SIDE)
         write(own_u_ptr, place_ptr + h, 1, inside, x2, ACTIVE, MAIN, SIDE)
@@ -235,28 +246,30 @@ def _positions(
 
 
 @triton.jit
-def _reread(
+def _active_half(
     block,
-    x1,
-    x2,
+    base,
+    feature_stride,
+    inside,
     slot,
     index_ptr,
     pending_ptr,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    PASSIVE: tl.constexpr,
     ACTIVE: tl.constexpr,
     MAIN: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """What a hard permutation does to a block's halves: they are read where they lie. The first block has its own."""
+    """x2 of a hard permutation, where it lies; the first block's are features.
+
+    It waits for s and t in memory: registers have no room for it beside them.
+    """
     if block > 0:
         everywhere = tl.full((ROWS,), True, tl.int1)
-        tl.debug_barrier()  # what other threads of this program wrote at the end of the block before
-        x1 = kept(read(slot, index_ptr, ROWS, everywhere, PASSIVE, MAIN, SIDE), PRECISION, SIDE)
-        x2 = read(slot, index_ptr + MAIN + SIDE, ROWS, everywhere, ACTIVE, MAIN, SIDE)
-        x2 = kept(scaled(x2, pending_ptr, ROWS, MAIN, SIDE), PRECISION, SIDE)
-    return x1, x2
+        x2 = read(slot, index_ptr, ROWS, everywhere, ACTIVE, MAIN, SIDE)
+        x2 = scaled(x2, pending_ptr, ROWS, MAIN, SIDE)
+    else:
+        x2 = read(base, None, feature_stride, inside, ACTIVE, MAIN, SIDE)
+    return x2
 
 
 @triton.jit

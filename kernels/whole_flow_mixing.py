@@ -6,8 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cflow_fast.kernels.lang import operand
-from cflow_fast.kernels.whole_flow_halves import mapped, nothing, operands, squares, unpair, vector, zeros
+from cflow_fast.kernels.whole_flow_halves import mapped, nothing, squares, unpair, vector, zeros
 
 
 @triton.jit
@@ -27,7 +26,10 @@ def soft_mixing(
     MAIN: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """The first MATRICES blocks by matrices, the others by rotations. A decoder with one kind has no branch here."""
+    """x1 and x2 of the next block in float32, and the norm that u would have after this one.
+
+    The first MATRICES blocks by matrices, the others by rotations. A decoder with one kind has no branch here.
+    """
     h: tl.constexpr = MAIN + SIDE
     k = tl.cast(block, tl.int64)
     if MATRICES:
@@ -38,6 +40,7 @@ def soft_mixing(
         angle_ptr += (k - MATRICES) * (4 * h)
     if MATRICES == BLOCKS:
         x1, x2 = _matrix_mixing(x1, y2, matrix_ptr, offset_ptr, PRECISION, ROWS, MAIN, SIDE)
+        norm = squares(x1, SIDE) + squares(x2, SIDE)
     elif MATRICES == 0:
         x1, x2, norm = _rotation_mixing(x1, y2, rotation_ptr, angle_ptr, PRECISION, ROWS, MAIN, SIDE)
     else:
@@ -55,7 +58,6 @@ def _matrix_mixing(
     x1, y2, matrix_ptr, offset_ptr, PRECISION: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, SIDE: tl.constexpr
 ):
     """x1 and x2 of the next block, in float32."""
-    y2 = operands(y2, PRECISION, SIDE)
     acc = vector(offset_ptr, ROWS, 2 * MAIN, 2 * SIDE)
     acc = mapped(acc, x1, matrix_ptr, PRECISION, MAIN, SIDE, 2)
     acc = mapped(acc, y2, matrix_ptr + 2 * (MAIN + SIDE) * (MAIN + SIDE), PRECISION, MAIN, SIDE, 2)
@@ -69,15 +71,14 @@ def _rotation_mixing(
     """q and x2 of the next block, and ||v||^2 + ||w||^2, which is what their norm would be."""
     h: tl.constexpr = MAIN + SIDE
     v = mapped(vector(angle_ptr, ROWS, MAIN, SIDE), q, rotation_ptr, PRECISION, MAIN, SIDE)
-    y2 = operands(y2, PRECISION, SIDE)
     w = mapped(vector(angle_ptr + h, ROWS, MAIN, SIDE), y2, rotation_ptr + h * h, PRECISION, MAIN, SIDE)
     norm = squares(v, SIDE) + squares(w, SIDE)
     cosine, cosine_side = vector(angle_ptr + 2 * h, ROWS, MAIN, SIDE)
     sine, sine_side = vector(angle_ptr + 3 * h, ROWS, MAIN, SIDE)
-    rotated = operand(v[0] * sine + w[0] * cosine, PRECISION)
+    rotated = v[0] * sine + w[0] * cosine
     main = v[0] * cosine - w[0] * sine
     if SIDE:
-        rotated_side = operand(v[1] * sine_side + w[1] * cosine_side, PRECISION)
+        rotated_side = v[1] * sine_side + w[1] * cosine_side
         side = v[1] * cosine_side - w[1] * sine_side
     else:
         rotated_side = nothing()

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cflow_fast.kernels.lang import PRECISIONS
 from cflow_fast.kernels.torch_flow import PositionalTables
 from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
 
+PRECISIONS = ("ieee", "tf32", "bf16")
 SMALLEST_TILE = 16
 """What a matrix instruction takes at least, in features."""
 HIDDEN_MULTIPLE = 32

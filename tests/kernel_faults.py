@@ -110,15 +110,15 @@ WHOLE_FLOW = [
     Fault(
         "pending scale forgotten",
         "whole_flow_kernel",
-        "kept(scaled(x2, pending_ptr, ROWS, MAIN, SIDE), PRECISION",
-        "kept(x2, PRECISION",
+        "scaled(x2, pending_ptr, ROWS, MAIN, SIDE)",
+        "x2",
         "whole flow, hard",
     ),
     Fault(
         "y2 written over x1",
         "whole_flow_kernel",
-        "write(slot, index_ptr + k * (2 * h) + h,",
-        "write(slot, index_ptr + k * (2 * h),",
+        "write(slot, found, BLOCK_ROWS, everywhere, kept(y2",
+        "write(slot, found - h, BLOCK_ROWS, everywhere, kept(y2",
         "whole flow, hard",
     ),
     Fault(

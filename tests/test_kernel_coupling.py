@@ -52,9 +52,13 @@ class Layer:
         self.log_det = torch.full((2, PADDED), torch.nan)
 
     def run(self, source: Halves, target: Target | None, config: CouplingConfig = CONFIG, **options: Any) -> Guard:
+        weight = self.weight
+        if self.precision == "tf32x3":
+            weight = round_to_tf32(weight)
+            options["low"] = round_to_tf32(self.weight - weight)
         launch = coupling_launch(
             self.hidden,
-            self.weight,
+            weight,
             self.bias,
             source,
             target,
@@ -102,6 +106,17 @@ def test_active_half_of_a_row_major_state_is_replaced(precision: str, split_k: i
     layer.close(buffer[:, HALF:], layer.expected(before[:ROWS, HALF:]))
     assert torch.equal(buffer[:, :HALF], before[:, :HALF])
     layer.check_log_det()
+
+
+def test_active_half_is_read_from_another_tensor_and_kept_unrounded() -> None:
+    layer = Layer("tf32")
+    state, values = torch.full((PADDED, 2 * HALF), torch.nan), torch.randn(PADDED, 2 * HALF)
+    source = Halves(halves_of(state).passive, halves_of(values).active)
+    layer.run(source, Target(halves_of(state).active), rounded=False)
+    y2 = state[:ROWS, HALF:]
+    torch.testing.assert_close(y2.double(), layer.expected(values[:ROWS, HALF:]), **TOLERANCES["ieee"])
+    assert not torch.equal(y2, round_to_tf32(y2))
+    assert state[:, :HALF].isnan().all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

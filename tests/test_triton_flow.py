@@ -11,6 +11,8 @@ from kernel_guards import guarded
 from torch import Tensor
 
 from cflow_fast import parity
+from cflow_fast.bench.headline import decoder_launches
+from cflow_fast.bench.specimens import specimen_weights
 from cflow_fast.folding import cast_weights, fold_weights
 from cflow_fast.kernels import phases, table_cache, triton_flow
 from cflow_fast.kernels.chip import Chip
@@ -274,3 +276,21 @@ def test_few_rows_still_give_every_multiprocessor_work() -> None:
         for config, outputs in ((a, hidden), (b, half)):
             tiles = -(-rows // config.block_rows) * -(-outputs // config.block_out)
             assert 60 <= tiles * config.split_k <= 200
+
+
+@pytest.mark.parametrize(
+    ("side", "capability", "early"),
+    [(32, (9, 0), True), (64, (9, 0), False), (32, (8, 0), False)],
+    ids=["few rows", "many rows", "a card without it"],
+)
+@pytest.mark.parametrize("permute_soft", [False, True])
+def test_launches_for_few_rows_begin_early_but_for_the_first(
+    side: int, capability: tuple[int, int], early: bool, permute_soft: bool
+) -> None:
+    """What is launched in between would have to be, too: the counters of split sums are there before the first."""
+    weights = specimen_weights(512, permute_soft, torch.bfloat16)
+    features = torch.empty(1, 512, side, side, device="meta")
+    launches = decoder_launches(weights, features, "bf16", Chip(capability))
+    begins = [launch.constexprs["EARLY"] for launch in launches]
+    assert begins == [False, *[early] * (len(launches) - 1)]
+    assert [launch.options.get("launch_pdl", False) for launch in launches] == begins

@@ -36,6 +36,7 @@ from cflow_fast.kernels.tuning_table import (
     read_table,
     store,
 )
+from cflow_fast.kernels.whole_flow_weights import PRECISIONS as WHOLE_PRECISIONS
 from cflow_fast.positional import encoding_factors
 from cflow_fast.precision import arithmetic
 
@@ -305,7 +306,7 @@ def test_the_cache_is_where_users_have_theirs(monkeypatch: pytest.MonkeyPatch) -
 PROBLEMS = [
     *(Problem("linear", p, rows, (512, 1280, r)) for p in PRECISIONS for rows in (1, 64, 2048, 32768) for r in (0, 1)),
     *(Problem("coupling", p, rows, (768, 256)) for p in PRECISIONS for rows in (1, 64, 2048, 32768)),
-    *(Problem("whole_flow", p, 1, (64, own, hard)) for p in PRECISIONS for own in (0, 1) for hard in (0, 1)),
+    *(Problem("whole_flow", p, 1, (64, own, hard)) for p in WHOLE_PRECISIONS for own in (0, 1) for hard in (0, 1)),
     *(Problem("tail", "fp32", batch, (scales, 256, 40)) for batch in (1, 32) for scales in (3, 8)),
 ]  # fmt: skip
 
@@ -369,8 +370,8 @@ def test_what_is_shipped_is_launched(shipped: Table) -> None:
 FEATURES, CONDITION, SIDES = 24, 8, (3, 5)
 
 
-def tuned_flow(precision: str = "fp32") -> TunedFlow:
-    decoder = rough_decoder(FEATURES, CONDITION, coupling_blocks=2)
+def tuned_flow(precision: str = "fp32", features: int = FEATURES) -> TunedFlow:
+    decoder = rough_decoder(features, CONDITION, coupling_blocks=2)
     how = arithmetic(precision, CPU)
     return TunedFlow(fold_weights(decoder, how.storage), ops.KERNEL_PRECISIONS[precision], how.operands)
 
@@ -456,6 +457,28 @@ def test_float32_stays_float32_where_tf32_was_switched_on(monkeypatch: pytest.Mo
     assert flow.backend(30) == "plain"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert flow.backend(30) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("precision", "features", "expected"),
+    [("fp32", 80, "TorchFlow"), ("fp32", 24, "TritonFlow"), ("tf32x3", 80, "TritonFlow")],
+    ids=["wide", "narrow", "by tf32"],
+)
+def test_where_no_table_says_wide_decoders_in_fp32_take_the_librarys_products(
+    precision: str, features: int, expected: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = tuned_flow(precision, features)
+    maps, z, c = torch.randn(1, features, *SIDES), torch.randn(20, features), torch.randn(20, CONDITION)
+    answers = flow.log_prob_map(maps, encoding_factors(CONDITION, *SIDES)), flow.rows(z, c, want_u=True).log_prob
+    assert calls == [expected] * 2
+    exact = flow.plain()
+    tolerance = {"rtol": 1e-5, "atol": 1e-3}
+    torch.testing.assert_close(answers[0], exact.log_prob_map(maps, encoding_factors(CONDITION, *SIDES)), **tolerance)
+    torch.testing.assert_close(answers[1], exact.rows(z, c, want_u=False).log_prob, **tolerance)
+    calls.clear()
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    flow.rows(z, c, want_u=False)
+    assert calls == ["TritonFlow"]
 
 
 @pytest.mark.parametrize("backend", ["plain", "triton"])

@@ -16,8 +16,9 @@ from cflow_fast.kernels.whole_flow_weights import as_operand
 def oracle_rows(weights: FlowWeights, z: Tensor, c: Tensor, precision: str, positional: bool) -> FlowResult:
     """log p and log_det of rows z (N, D) under c (N, C).
 
-    Operands are rounded before every product, the state between blocks in bf16 alone; the positional tables are
-    rounded one by one, a condition as an operand.
+    Operands are rounded before every product, those of a tf32 decoder's mixing to two; what a bf16 decoder keeps of x1,
+    and in a hard permutation's state, is an operand. x2 is rounded nowhere else. The positional tables are rounded one
+    by one, a condition as an operand.
     """
 
     def operand(x: Tensor) -> Tensor:
@@ -28,7 +29,11 @@ def oracle_rows(weights: FlowWeights, z: Tensor, c: Tensor, precision: str, posi
 
     assert weights.w1_condition is not None
     h, half = weights.passive, weights.condition // 2
-    x1, x2 = kept(z[:, :h]), kept(z[:, h:])
+
+    def mixed(x: Tensor) -> Tensor:
+        return operand(x) + operand(x - operand(x)) if precision == "tf32" else operand(x)
+
+    x1, x2 = kept(z[:, :h]), z[:, h:]
     state = torch.cat([x1, x2], 1)
     log_det = torch.full((len(z),), weights.log_scale, dtype=torch.float64)
     norm = torch.zeros(len(z), dtype=torch.float64)
@@ -36,7 +41,7 @@ def oracle_rows(weights: FlowWeights, z: Tensor, c: Tensor, precision: str, posi
         mixing = weights.mixing
         if isinstance(mixing, HardMixing) and block:
             x1 = state[:, mixing.passive[block]]
-            x2 = kept(state[:, mixing.active[block]] * mixing.gain[block] + mixing.shift[block])
+            x2 = state[:, mixing.active[block]] * mixing.gain[block] + mixing.shift[block]
         w1c = weights.w1_condition[block].double()
         if positional:
             columns = operand((c[:, :half] @ w1c[:, :half].T + weights.b1[block]).float())
@@ -50,26 +55,25 @@ def oracle_rows(weights: FlowWeights, z: Tensor, c: Tensor, precision: str, posi
         log_det = log_det + j.sum(1)
         y2 = x2 * j.exp() + t
         if isinstance(mixing, HardMixing):
-            state = state.index_copy(1, mixing.active[block].long(), kept(y2))
+            last = block == weights.blocks - 1
+            state = state.index_copy(1, mixing.active[block].long(), y2 if last else kept(y2))
         else:
-            x1, x2, norm = _soft(mixing, block, operand(x1), operand(y2), operand)
-            x1, x2 = kept(x1), kept(x2)
+            x1, x2, norm = _soft(mixing, block, x1, y2, operand, mixed)
+            x1 = kept(x1)
     if isinstance(weights.mixing, HardMixing):
         norm = (state * weights.mixing.output_gain + weights.mixing.output_shift).square().sum(1)
-    elif weights.mixing.matrices == weights.blocks:
-        norm = x1.square().sum(1) + x2.square().sum(1)
     return FlowResult(log_det - 0.5 * (norm + weights.features * math.log(2 * math.pi)), log_det, None)
 
 
-def _soft(soft: SoftMixing, block: int, x1: Tensor, y2: Tensor, operand) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _soft(soft: SoftMixing, block: int, x1: Tensor, y2: Tensor, operand, mixed) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     h, rotation = x1.shape[1], block - soft.matrices
     if rotation < 0:
-        x = torch.cat([x1, y2], 1) @ operand(soft.matrix[block]).T + soft.offset[block]
-        return x[:, :h], x[:, h:], torch.zeros(len(x), dtype=x.dtype)
-    v = x1 @ operand(soft.passive[rotation]).T + soft.passive_offset[rotation]
-    w = y2 @ operand(soft.active[rotation]).T + soft.active_offset[rotation]
+        x = mixed(torch.cat([x1, y2], 1)) @ operand(soft.matrix[block]).T + soft.offset[block]
+        return x[:, :h], x[:, h:], x.square().sum(1)
+    v = mixed(x1) @ operand(soft.passive[rotation]).T + soft.passive_offset[rotation]
+    w = mixed(y2) @ operand(soft.active[rotation]).T + soft.active_offset[rotation]
     d = w.shape[1]
     cosine, sine = soft.cosine[rotation], soft.sine[rotation]
     q = torch.cat([cosine * v[:, :d] - sine * w, v[:, d:]], 1)
-    x2 = operand(sine * v[:, :d] + cosine * w) @ operand(soft.output[rotation]).T
+    x2 = mixed(sine * v[:, :d] + cosine * w) @ operand(soft.output[rotation]).T
     return q, x2, v.square().sum(1) + w.square().sum(1)
