@@ -53,12 +53,12 @@ build/triton-$(OTHER_TRITON): $(READY)
 
 # On a machine with an NVIDIA GPU, which may be offline: installs nothing, uses the Python that it is given. Run from
 # the folder of links: the first place that Python looks in is where it is started. OUTPUT: a folder in the place of
-# bench/results/<card>. PACK: a .tar.gz of all that is in it, kept up to date from step to step.
+# bench/results/<card>. PACK: a .tar.gz of all that is in it, kept up to date from step to step. SUITE: more of its options.
 gpu:
 	$(call linked,$(CARD))
 	cd $(CARD) && TRITON_INTERPRET=0 PYTHONPATH="$(CURDIR)/$(CARD)$${PYTHONPATH:+:$$PYTHONPATH}" \
 	    $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m cflow_fast.bench.gpu \
-	    $(if $(OUTPUT),--output "$(abspath $(OUTPUT))") $(if $(PACK),--pack "$(abspath $(PACK))")
+	    $(if $(OUTPUT),--output "$(abspath $(OUTPUT))") $(if $(PACK),--pack "$(abspath $(PACK))") $(SUITE)
 
 parity: $(READY)
 	$(BIN)/cflow-fast parity

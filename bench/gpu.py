@@ -1,19 +1,22 @@
 """`make gpu`: everything that only a card can show, in one go, kept in bench/results/<card>/.
 
-    python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 8.5] [--pack FILE]
+    python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 8.5] [--pack FILE] [--leave-out STEP]...
 
 Each step writes its own file as soon as it is done and a failure ends that step alone: the next ones run, and the
 summary names what failed. What is right comes before what is fast, and the headline's numbers before the rest, since
 time may run out. Nothing but PyTorch, Triton, timm and this package is needed; FrEIA, when it is there, is a contender.
-Kernels are compiled before anything is timed.
+Kernels are compiled before anything is timed, and what tuning finds is what the steps after it launch: they measure the
+card as `cflow-fast tune` leaves it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,15 +48,17 @@ from cflow_fast.bench.tune_card import CardTimer
 from cflow_fast.bench.tune_targets import tails, targets
 from cflow_fast.bench.warm import compile_on_all_cores
 from cflow_fast.errors import CFlowFastError
-from cflow_fast.files import check_writable
+from cflow_fast.files import check_writable, write_text
+from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.tuning import shipped_table
-from cflow_fast.kernels.tuning_table import as_text
+from cflow_fast.kernels.tuning_table import Table, as_text
 
 CARD = torch.device("cuda", 0)
 BENCH = Path(__file__).resolve().parent  # the package may be links to the checkout
 RESULTS = BENCH / "results"
 WIDE = "wide_resnet50_2"
+MINUTES = 8.5
 MOST_COMPARING = 100.0
 """Seconds for parity at once."""
 
@@ -174,7 +179,7 @@ def whole_models(suite: Suite) -> str:
 def _measured(
     suite: Suite, name: str, contenders: Any, cases: Any, against: Sequence[str], precisions: Sequence[str]
 ) -> str:
-    session = Session("make gpu", CARD, effort=Effort(seconds=2.0))
+    session = Session(suite.facts.get("command", "make gpu"), CARD, effort=Effort(seconds=2.0))
     session.peak_flops = dict(suite.facts.get("roofline", {}).get("matrix", {}))
     entrants, baseline = line_up(contenders, against, precisions)
     left_out = 0
@@ -205,7 +210,10 @@ def _table(results: Results) -> str:
 
 
 def tuned(suite: Suite) -> str:
-    """Every candidate of the wide decoders' kernels, and Triton beside the plain path, for as long as there is time."""
+    """Every candidate of the wide decoders' kernels, and Triton beside the plain path, for as long as there is time.
+
+    From here on this process, and those that it starts, launch what was found.
+    """
     chip = Chip.of(CARD)
     until = time.monotonic() + min(60.0, suite.seconds_left - 30)
     found: list[Finding] = []
@@ -219,12 +227,20 @@ def tuned(suite: Suite) -> str:
         suite.write("tuned.json", as_text(table))
     if not table.kernels:
         return "failed: nothing was measured"
+    _put_to_use(table)
     parts = []
     for headings, rows in in_words(table):
         lines = [headings, ("---",) * len(headings), *rows]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     parts += [f"{finding.target}: {finding.note}" for finding in found if finding.note]
     return "\n\n".join(parts)
+
+
+def _put_to_use(table: Table) -> None:
+    """In a folder of its own: the user's own table stays as it is."""
+    os.environ["CFLOW_FAST_CACHE"] = tempfile.mkdtemp(prefix="cflow-fast-tuned-")
+    write_text(tuning.cache_path(table.card), as_text(table))
+    tuning.forget()
 
 
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
@@ -268,15 +284,15 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
     ("kernels compiled ahead", compiled),
     ("tests on the card", card_tests),
     ("parity, first sizes", first_parity),
-    ("roofline", roofline),
-    ("decoders of WideResNet-50, 256 px", wide_decoders),
     ("parity", parity_of_all),
+    ("roofline", roofline),
     ("tuning", tuned),
+    ("decoders of WideResNet-50, 256 px", wide_decoders),
     ("anomaly map", anomaly_maps),
-    ("kernels, measured beside predicted", kernels),
+    ("whole models", whole_models),
     ("decoders of WideResNet-50, 512 px", wide_decoders_512),
     ("decoders of ResNet-18 and MobileNetV3-L", narrow_decoders),
-    ("whole models", whole_models),
+    ("kernels, measured beside predicted", kernels),
     ("memory check", memory_check),
     ("FrEIA compiled", compiled_peer),
 )
@@ -284,13 +300,17 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="  [default: bench/results/<card>]")
-@click.option("--minutes", type=click.FloatRange(1), default=8.5, show_default=True, help="For all of it.")
+@click.option("--minutes", type=click.FloatRange(1), default=MINUTES, show_default=True, help="For all of it.")
 @click.option("--pack", type=click.Path(path_type=Path, dir_okay=False), help="A .tar.gz of what is in the folder.")
+@click.option("--leave-out", multiple=True, metavar="STEP", help="One of the steps, by its name; any number of times.")
 @click.option("--go-on-from", type=int, default=0, hidden=True)
-def main(output: Path | None, minutes: float, pack: Path | None, go_on_from: int) -> None:
+def main(output: Path | None, minutes: float, pack: Path | None, leave_out: tuple[str, ...], go_on_from: int) -> None:
     """Check, then measure, on the first CUDA device."""
     if not torch.cuda.is_available():
         raise click.ClickException("there is no CUDA device here; `make aot` says what can be said without one")
+    unknown = sorted(set(leave_out) - {name for name, _ in STEPS})
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(name for name, _ in STEPS)}")
     warnings.filterwarnings("error", message="no CUDA graph could be captured")  # eager times are not a graph's
     card = torch.cuda.get_device_name(CARD)
     folder = output or RESULTS / file_name(card)
@@ -302,18 +322,22 @@ def main(output: Path | None, minutes: float, pack: Path | None, go_on_from: int
         raise click.ClickException(str(error)) from error
     ends = time.time() + 60 * minutes
     suite = Suite.stored(folder, pack) if go_on_from else Suite(folder, ends, _facts(card), pack=pack)
+    suite.facts["command"] = _command(minutes, leave_out)
     with watched(suite):
-        next_step = _run_steps(suite, go_on_from)
+        next_step = _run_steps(suite, go_on_from, leave_out)
     if next_step is not None:
         go_on = [sys.executable, "-m", "cflow_fast.bench.gpu", "--go-on-from", str(next_step), "--output", str(folder)]
+        go_on += [word for name in leave_out for word in ("--leave-out", name)]
         sys.exit(subprocess.call(go_on + (["--pack", str(pack)] if pack else [])))
     print("\n".join([f"everything is in {folder}", *(f"FAILED {line}" for line in suite.failed)]))
     sys.exit(1 if suite.failed else 0)
 
 
-def _run_steps(suite: Suite, first: int) -> int | None:
+def _run_steps(suite: Suite, first: int, leave_out: Sequence[str] = ()) -> int | None:
     """None when all are done; else the one to go on from in another process, since this one has lost the card."""
     for number, (name, step) in enumerate(STEPS[first:], first):
+        if name in leave_out:
+            continue
         suite.run(name, step)
         suite.store()
         if not _card_answers():  # after an illegal access
@@ -321,10 +345,16 @@ def _run_steps(suite: Suite, first: int) -> int | None:
     return None
 
 
+def _command(minutes: float, leave_out: Sequence[str]) -> str:
+    options = ["--minutes", f"{minutes:g}"] if minutes != MINUTES else []
+    options += [word for name in leave_out for word in ("--leave-out", name)]
+    return f"make gpu SUITE={shlex.quote(shlex.join(options))}" if options else "make gpu"
+
+
 def _facts(card: str) -> dict[str, Any]:
     capability = ".".join(map(str, torch.cuda.get_device_capability(CARD)))
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {"card": card, "capability": capability, "command": "make gpu"} | versions
+    return {"card": card, "capability": capability} | versions
 
 
 def _card_answers() -> bool:

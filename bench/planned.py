@@ -36,9 +36,9 @@ BLOCK_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32),
 def planned_launches(chip: Chip) -> Iterator[Launch]:
     """Features are in fp32 as the benchmark's cases have them, and as encoders give them."""
     yield from _parity(FIRST_SIZES, chip)
+    yield from candidate_launches(targets(*TUNED), chip)
     yield from _decoders(WIDE, 256, (1, 8, 32), chip)
     yield from _parity(OTHER_SIZES, chip)
-    yield from candidate_launches(targets(*TUNED), chip)
     for size in (256, 512):
         yield from tail_launches(size, (1, 32), (3,))
     for line in headlines(WIDE, ("bf16", "tf32", "ieee"), (256,), (1, 32)):  # one by one, on maps as encoders give them

@@ -66,7 +66,8 @@ class Suite:
         self.summary.append(f"## {name}\n\n{words}\n\n*{took}*\n")
 
     def store(self) -> None:
-        head = f"# {self.facts['card']}\n\n`make gpu`, torch {self.facts['torch']}, triton {self.facts['triton']}\n"
+        command = self.facts.get("command", "make gpu")
+        head = f"# {self.facts['card']}\n\n`{command}`, torch {self.facts['torch']}, triton {self.facts['triton']}\n"
         failures = ["## Failed\n", *(f"- {line}" for line in self.failed)] if self.failed else []
         self.write("summary.md", "\n".join([head, *self.summary, *failures]) + "\n")
         kept = ("ends", "facts", "summary", "failed", "doing")

@@ -3,7 +3,8 @@
 The yardstick is FrEIA's own rounding error on the same inputs, in log p / D:
     fp32, tf32x3  maximum at most 1.5 times FrEIA's in fp32; relative to max(1, |log p / D|) under 3e-6, or under 1.5
                   times FrEIA's where a trained decoder takes FrEIA itself over that (log p / D below -1000 on defects)
-    tf32          RMS at most 1 times FrEIA's with tf32 allowed; on a device without tf32, as fp32
+    tf32          RMS at most 1 times FrEIA's with tf32 allowed; on a device without tf32, as fp32. Where D is no
+                  multiple of 4, which keeps cuBLAS from using tf32, FrEIA's with its operands rounded to tf32
     bf16          RMS at most 0.9 times and maximum at most 1 times FrEIA's under bf16 autocast, Spearman >= 0.9995
 
 On real images a trained decoder's log p / D falls to -1e8 in defects. Down to USUAL all of this holds against the
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from cflow_fast import ops
 from cflow_fast.decoder import CLAMPS, FlowDecoder, gaussian_log_prob
 from cflow_fast.folded import FoldedDecoder
+from cflow_fast.kernels.whole_flow_weights import as_operand
 from cflow_fast.positional import encoding_factors, positional_encoding
 from cflow_fast.precision import arithmetic, multiplies_bf16
 
@@ -156,7 +158,7 @@ def compare(case: Case, wanted: Sequence[str] | None = None) -> Iterator[Compari
         kind = yardstick_of(precision, case.device)
         if kind not in theirs:
             references = [reference_decoder(same)[1] for same in equivalents(case.decoder, case.runs, kind)]
-            with arithmetic_of(kind, case.device):
+            with arithmetic_of(kind, case.device, case.decoder.features):
                 theirs[kind] = [log_prob_per_dimension(reference, case) for reference in references]
         storage = arithmetic(precision, case.device).storage
         if storage not in folds:
@@ -215,13 +217,18 @@ def yardstick_of(precision: str, device: torch.device) -> str:
     return "fp32"
 
 
+TF32_MULTIPLE = 4
+"""Numbers in a row of 16 bytes, which cuBLAS wants whole for tf32."""
+
+
 @contextmanager
-def arithmetic_of(kind: str, device: torch.device) -> Iterator[None]:
-    """Have PyTorch multiply as the yardstick does: nothing but fp32, tf32 allowed, or bf16 autocast."""
+def arithmetic_of(kind: str, device: torch.device, features: int = TF32_MULTIPLE) -> Iterator[None]:
+    """Have PyTorch multiply as the yardstick of a decoder does: nothing but fp32, tf32 allowed, or bf16 autocast."""
     allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    emulated = kind == "tf32" and features % TF32_MULTIPLE != 0
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32" and not emulated
     try:
-        with autocast(device) if kind == "bf16" else nullcontext():
+        with autocast(device) if kind == "bf16" else EmulatedTf32() if emulated else nullcontext():
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -410,6 +417,16 @@ class EmulatedAutocast(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         rounded: list[Any] = [None if tensor is None else tensor.bfloat16().float() for tensor in args]
         return func(*rounded, **(kwargs or {})).bfloat16()
+
+
+class EmulatedTf32(TorchFunctionMode):
+    """tf32 in linear layers: operands rounded to it, to nearest as cuBLAS does, the product itself made in fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        x, weight, *bias = args
+        return func(as_operand(x, "tf32"), as_operand(weight, "tf32"), *bias, **(kwargs or {}))
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:

@@ -210,11 +210,12 @@ def coupling_kernel(
     split_inputs = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
     step = tl.arange(0, BLOCK_K)
     if EARLY:
-        split, _, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
-        first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
-        s_row = tl.minimum(out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT), half - 1) * inputs
-        fetch_rows(w_ptr, s_row, first, end, BLOCK_OUT, 8)
-        fetch_rows(w_ptr + half * inputs, s_row, first, end, BLOCK_OUT, 8)
+        split, row_tile, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
+        if row_tile == 0:  # the others want the same
+            first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
+            s_row = tl.minimum(out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT), half - 1) * inputs
+            fetch_rows(w_ptr, s_row, first, end, BLOCK_OUT, 8)
+            fetch_rows(w_ptr + half * inputs, s_row, first, end, BLOCK_OUT, 8)
     wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)

@@ -6,8 +6,10 @@ compiled is the plain instruction. A kernel makes its operands with `operand` or
 and stores an operand as it is: its rounding is done, so that the interpreter's truncation loses nothing.
 
 PRECISION is one of "ieee", "tf32", "tf32x3" (operands in fp32) and "bf16" (operands in bf16); sums are always fp32.
-"tf32x3" takes every factor as two operands, itself and what rounding left of it. Triton has such products too, but cuts
+"tf32x3" takes every factor as two operands, itself and what rounding left of it. Triton has such products too but cuts
 the first part off where this rounds it: what is lost then always has one sign, and adds up to seven times as much.
+So does what matrix units lose: they cut every sum off, step by step, by 6e-8 of it in eight inputs or so. Where
+digits are kept, a few steps begin at zero and are added to the sum by an addition that rounds.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
@@ -78,15 +80,28 @@ def taken(x, TAKES: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def added(acc, part):
+    """acc + part, rounded to nearest, as an addition of its own: Triton would have the matrix units add."""
+    if INTERPRET:
+        return acc + part
+    else:
+        return tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2;", "=f,f,f", [acc, part], tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def add_product(acc, x, w_ptr, w_low_ptr, offsets, TAKES: tl.constexpr, PRECISION: tl.constexpr):
     """acc + x W, what is small first. x: see `taken`; w_low_ptr: what rounding left of W, beside "tf32x3" alone."""
     large, small = x
     w = tl.load(w_ptr + offsets)
     if TAKES == "split":
-        acc = dot(small, w, acc, PRECISION)
-    if w_low_ptr is not None:
-        acc = dot(large, tl.load(w_low_ptr + offsets), acc, PRECISION)
-    return dot(large, w, acc, PRECISION)
+        part = dot(small, w, tl.zeros(acc.shape, tl.float32), PRECISION)
+        if w_low_ptr is not None:
+            part = dot(large, tl.load(w_low_ptr + offsets), part, PRECISION)
+        return added(acc, dot(large, w, part, PRECISION))
+    else:
+        return dot(large, w, acc, PRECISION)
 
 
 @triton.jit

@@ -211,10 +211,12 @@ def linear_kernel(
     split_inputs = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
     step = tl.arange(0, BLOCK_K)
     if EARLY:
-        split, _, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
-        first_column, _, _ = _columns(out_tile, y_tiles, y_outputs, outputs, HAS_V, BLOCK_OUT)
-        w_row = tl.minimum(first_column + tl.arange(0, BLOCK_OUT), outputs - 1) * inputs
-        fetch_rows(w_ptr, w_row, split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs), BLOCK_OUT, 8)
+        split, row_tile, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
+        if row_tile == 0:  # the others want the same
+            first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
+            first_column, _, _ = _columns(out_tile, y_tiles, y_outputs, outputs, HAS_V, BLOCK_OUT)
+            w_row = tl.minimum(first_column + tl.arange(0, BLOCK_OUT), outputs - 1) * inputs
+            fetch_rows(w_ptr, w_row, first, end, BLOCK_OUT, 8)
     wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)

@@ -44,7 +44,7 @@ class Phases:
         if self.early:
             self.scratch.counters(1)  # now: a launch can be early only after another one
         self.joined = is_joined(prepared.precision)
-        self.makes_v = self._config(half, hidden + half if self.joined else half)
+        self.makes_v = self._config(half, hidden + half) if self.joined else self._config(half, half, narrow=True)
         self.tiles = triton.cdiv(half, self.coupling.block_out)
         self.v_tiles = 0 if prepared.norm_passive else triton.cdiv(half, self.makes_v.block_out)
         self.padded_rows = triton.cdiv(rows, ROW_PADDING) * ROW_PADDING
@@ -90,7 +90,8 @@ class Phases:
     def linear(
         self, x: Rows, weight: Tensor, low: Tensor | None, y: Tensor, bias: Tensor | None = None, **options: object
     ) -> Launch:
-        config = self._config(weight.shape[1], weight.shape[0], rotates=options.get("rotation") is not None)
+        narrow = options.get("rotation") is not None or options.get("takes") == "split"
+        config = self._config(weight.shape[1], weight.shape[0], narrow)
         return self._linear(x, weight, low, y, config, bias, **options)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -161,8 +162,9 @@ class Phases:
         """The sums of v^2 after the last block's rotation."""
         return self.sums[-self.v_tiles :]
 
-    def _config(self, inputs: int, outputs: int, rotates: bool = False) -> LinearConfig:
-        return select_linear(self.rows, inputs, outputs, self.prepared.precision, self.chip, rotates)
+    def _config(self, inputs: int, outputs: int, narrow: bool = False) -> LinearConfig:
+        """narrow: beside the sums there is a second tile in registers."""
+        return select_linear(self.rows, inputs, outputs, self.prepared.precision, self.chip, narrow)
 
     def _linear(
         self,

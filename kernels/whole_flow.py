@@ -198,7 +198,7 @@ def _launch(
         raise ValueError(f"at most 2^31 - 1 positions can be given at once, got {own['log_prob_ptr'].numel()}")
     scratch = None
     if prepared.hard:
-        scratch = features.new_empty(programs * weights.features * config.block_rows, dtype=prepared.w1.dtype)
+        scratch = features.new_empty(programs * weights.features * config.block_rows, dtype=torch.float32)
     channels = 0 if prepared.w1_condition is None else prepared.w1_condition.shape[2]
     args = {
         "features_ptr": features,

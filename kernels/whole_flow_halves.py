@@ -27,8 +27,7 @@ def zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def kept(half, PRECISION: tl.constexpr, SIDE: tl.constexpr):
-    """A half that products take, as it lies in registers or in the scratch: bf16 beside bf16 operands, else float32 and
-    not rounded."""
+    """A half that products take, as it lies in registers: bf16 beside bf16 operands, else float32 and not rounded."""
     main, side = half
     if PRECISION == "bf16":
         main = operand(main, PRECISION)

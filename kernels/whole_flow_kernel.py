@@ -59,7 +59,7 @@ def whole_flow_kernel(
     pending_ptr,
     final_ptr,
     place_ptr,
-    scratch_ptr,  # (programs, PASSIVE + ACTIVE, BLOCK_ROWS), when HARD
+    scratch_ptr,  # (programs, PASSIVE + ACTIVE, BLOCK_ROWS) float32, when HARD
     log_prob_ptr,  # (images, height, width)
     log_det_ptr,  # the same or None
     u_ptr,  # (images, height, width, PASSIVE + ACTIVE) or None
@@ -102,14 +102,14 @@ def whole_flow_kernel(
     row_number = (image.to(tl.int64) * height + line) * width + column
     base = features_ptr + image.to(tl.int64) * image_stride
     base += line.to(tl.int64) * line_stride + column.to(tl.int64) * column_stride
-    passive = kept(read(base, None, feature_stride, inside, PASSIVE, MAIN, SIDE), PRECISION, SIDE)
+    passive = read(base, None, feature_stride, inside, PASSIVE, MAIN, SIDE)
     base += PASSIVE * tl.cast(feature_stride, tl.int64)
     if HARD:
         everywhere = tl.full((BLOCK_ROWS,), True, tl.int1)
         slot = scratch_ptr + program.to(tl.int64) * ((PASSIVE + ACTIVE) * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)
         write(slot, None, BLOCK_ROWS, everywhere, passive, PASSIVE, MAIN, SIDE)
     else:
-        x1 = passive
+        x1 = kept(passive, PRECISION, SIDE)
         x2 = read(base, None, feature_stride, inside, ACTIVE, MAIN, SIDE)
     if ENTRIES:
         entry = tl.arange(0, ENTRIES)
@@ -171,7 +171,7 @@ def whole_flow_kernel(
         if HARD:
             norm = squares(scaled(y2, final_ptr + 2 * h, BLOCK_ROWS, MAIN, SIDE), SIDE)  # the last block's counts
             tl.debug_barrier()  # all have read what is overwritten now
-            write(slot, found, BLOCK_ROWS, everywhere, kept(y2, PRECISION, SIDE), ACTIVE, MAIN, SIDE)
+            write(slot, found, BLOCK_ROWS, everywhere, y2, ACTIVE, MAIN, SIDE)
         else:
             x1, x2, norm = soft_mixing(
                 block,

@@ -117,8 +117,8 @@ WHOLE_FLOW = [
     Fault(
         "y2 written over x1",
         "whole_flow_kernel",
-        "write(slot, found, BLOCK_ROWS, everywhere, kept(y2",
-        "write(slot, found - h, BLOCK_ROWS, everywhere, kept(y2",
+        "write(slot, found, BLOCK_ROWS, everywhere, y2",
+        "write(slot, found - h, BLOCK_ROWS, everywhere, y2",
         "whole flow, hard",
     ),
     Fault(

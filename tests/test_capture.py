@@ -135,6 +135,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
     monkeypatch.setattr(capture, "_stream_pool", {})
     monkeypatch.setattr(capture, "_last_replay", {})
+    one_by_one = lambda targets, sources: [a.copy_(b) for a, b in zip(targets, sources, strict=True)]  # noqa: E731
+    monkeypatch.setattr(capture, "_copy_all", one_by_one)
+    monkeypatch.setattr(capture, "_copies", lambda tensors: tuple(tensor.clone() for tensor in tensors))
     return card
 
 

@@ -24,6 +24,10 @@ from cflow_fast.bench.contenders import PLAIN
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.gpu import Suite
 from cflow_fast.bench.planned import FIRST_SIZES, OTHER_SIZES
+from cflow_fast.kernels import tuning
+from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import Problem, candidates
+from cflow_fast.kernels.tuning_table import Entry, Table
 
 CPU = torch.device("cpu")
 FACTS = {"card": "Some Card", "torch": "2", "triton": "3"}
@@ -119,6 +123,31 @@ def test_steps_are_kept_one_by_one_and_a_lost_card_is_left_to_another_process(
     assert [line for line in summary.read_text().splitlines() if line.startswith("## ")] == [
         *("## first", "## second", "## third", "## fourth", "## Failed")
     ]
+
+
+@pytest.mark.usefixtures("card")
+def test_steps_can_be_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = (("first", lambda suite: "fine"), ("slow one", pytest.fail), ("third", lambda suite: "fine"))
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    monkeypatch.setattr(gpu, "_card_answers", lambda: True)
+    assert CliRunner().invoke(gpu.main, ["--minutes", "4", "--leave-out", "slow one"]).exit_code == 0
+    summary = (tmp_path / "results/nvidia-h100-80gb-hbm3/summary.md").read_text()
+    assert summary.splitlines()[2].startswith("`make gpu SUITE='--minutes 4 --leave-out ")
+    assert [line for line in summary.splitlines() if line.startswith("## ")] == ["## first", "## third"]
+    result = CliRunner().invoke(gpu.main, ["--leave-out", "fourth"])
+    assert result.exit_code == 2
+    assert "'fourth' is none of first, slow one, third" in result.output
+
+
+def test_what_tuning_found_is_launched_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLOW_FAST_CACHE", "/the/user's/own")
+    chip, problem = Chip((9, 0), 132, "Some Card"), Problem("linear", "bf16", 64, (512, 1280, 0))
+    usual = tuning.select_linear(64, 512, 1280, "bf16", chip)
+    other = next(config for config in candidates(problem, chip) if config != usual)
+    gpu._put_to_use(Table("Some Card", 132, {problem: Entry(other, None, 1.0)}, {}, {}))
+    assert tuning.select_linear(64, 512, 1280, "bf16", chip) == other
+    assert tuning.cache_path("Some Card").exists()
+    tuning.forget()
 
 
 @pytest.mark.usefixtures("card")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cflow_fast import FlowDecoder, parity
@@ -19,6 +20,7 @@ from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import cpu_flow, torch_flow
 from cflow_fast.kernels.cpu_library import library
 from cflow_fast.kernels.weights import FlowWeights
+from cflow_fast.kernels.whole_flow_weights import as_operand
 from cflow_fast.parity import (
     Case,
     Error,
@@ -148,6 +150,15 @@ def test_yardstick_of_tf32_is_freia_with_tf32_where_there_is_tf32() -> None:
         with parity.arithmetic_of(kind, CPU):
             assert torch.backends.cuda.matmul.allow_tf32 == (kind == "tf32")
         assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_tf32_is_emulated_for_widths_that_cublas_has_none_for() -> None:
+    x, weight, bias = torch.randn(5, 41), torch.randn(7, 41), torch.randn(7)
+    with parity.arithmetic_of("tf32", CPU, features=41):
+        assert not torch.backends.cuda.matmul.allow_tf32
+        rounded = F.linear(x, weight, bias)
+    assert torch.equal(rounded, F.linear(as_operand(x, "tf32"), as_operand(weight, "tf32"), bias))
+    assert 1e-6 < (rounded - F.linear(x, weight, bias)).abs().max() < 1e-2
 
 
 # Faults

@@ -16,16 +16,12 @@ from cflow_fast.kernels.whole_flow_weights import as_operand
 def oracle_rows(weights: FlowWeights, z: Tensor, c: Tensor, precision: str, positional: bool) -> FlowResult:
     """log p and log_det of rows z (N, D) under c (N, C).
 
-    Operands are rounded before every product, those of a tf32 decoder's mixing to two; what a bf16 decoder keeps of x1,
-    and in a hard permutation's state, is an operand. x2 is rounded nowhere else. The positional tables are rounded one
-    by one, a condition as an operand.
+    Operands are rounded before every product, those of a tf32 decoder's mixing to two; nothing else is but the
+    positional tables, one by one.
     """
 
     def operand(x: Tensor) -> Tensor:
         return as_operand(x, precision).double()
-
-    def kept(x: Tensor) -> Tensor:
-        return operand(x) if precision == "bf16" else x
 
     assert weights.w1_condition is not None
     h, half = weights.passive, weights.condition // 2
@@ -33,7 +29,7 @@ def oracle_rows(weights: FlowWeights, z: Tensor, c: Tensor, precision: str, posi
     def mixed(x: Tensor) -> Tensor:
         return operand(x) + operand(x - operand(x)) if precision == "tf32" else operand(x)
 
-    x1, x2 = kept(z[:, :h]), z[:, h:]
+    x1, x2 = z[:, :h], z[:, h:]
     state = torch.cat([x1, x2], 1)
     log_det = torch.full((len(z),), weights.log_scale, dtype=torch.float64)
     norm = torch.zeros(len(z), dtype=torch.float64)
@@ -55,11 +51,9 @@ def oracle_rows(weights: FlowWeights, z: Tensor, c: Tensor, precision: str, posi
         log_det = log_det + j.sum(1)
         y2 = x2 * j.exp() + t
         if isinstance(mixing, HardMixing):
-            last = block == weights.blocks - 1
-            state = state.index_copy(1, mixing.active[block].long(), y2 if last else kept(y2))
+            state = state.index_copy(1, mixing.active[block].long(), y2)
         else:
             x1, x2, norm = _soft(mixing, block, x1, y2, operand, mixed)
-            x1 = kept(x1)
     if isinstance(weights.mixing, HardMixing):
         norm = (state * weights.mixing.output_gain + weights.mixing.output_shift).square().sum(1)
     return FlowResult(log_det - 0.5 * (norm + weights.features * math.log(2 * math.pi)), log_det, None)
