@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
     if config is not None:
         whole = WholeFlowWeights.prepare(weights, precision)
         return [map_launch(features, whole, None if tables is None else whole.tables(tables), log_prob, config)]
-    prepared = PhaseWeights.prepare(weights, precision)
+    prepared = _prepared(weights, precision)
     positions = None if tables is None else prepared.positions(tables)
     launches: list[Launch] = []
     for images, lines in chunks(batch, height, width):
@@ -83,6 +84,10 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
         one, two = (_meta(rows.count) for _ in range(2))
         launches += Phases(prepared, rows.count, chip).launches(rows, positions, one, two)
     return launches
+
+
+_prepared = lru_cache(16)(PhaseWeights.prepare)
+"""Of the last few decoders: tuning asks for one's launches with every candidate."""
 
 
 def rows_launches(weights: FlowWeights, z: Tensor, condition: Tensor, precision: str, chip: Chip) -> list[Launch]:

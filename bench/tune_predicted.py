@@ -21,7 +21,7 @@ from cflow_fast.bench.tune import TIE
 from cflow_fast.bench.tune_targets import Target, groups_of, most_frequent, problem_of, trials
 from cflow_fast.bench.tune_together import Decoder, Load, choose_together, load_of
 from cflow_fast.kernels import tuning
-from cflow_fast.kernels.configs import Config, Problem, candidates
+from cflow_fast.kernels.configs import Config, Problem, candidates, select_whole_flow
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.tuning_table import Choice, Entry, Table
 
@@ -104,7 +104,7 @@ def choose_by_prediction(
         predictor.compile(launches)
         seconds = predictor.total(launches) / len(launches)
         kernels[problem] = Entry(_candidates(problem)[place], round(1e6 * seconds, 2))
-    backends = {target.problem: _backend(target, chosen, predictor) for target in wanted}
+    backends = {t.problem: _backend(t, chosen, predictor) for t in wanted if not _left_to_the_dispatcher(t)}
     facts = {
         "predicted_for": card.name,
         "triton": triton.__version__,
@@ -123,7 +123,9 @@ def outdated(table: Table, wanted: Sequence[Target], found: dict[Key, Compiled],
     now: dict[Problem, float] = {}
     for target in wanted:
         for problem, launches in target.launches(CHIP).items():
-            if problem in table.kernels and all(compile_key(launch, CAPABILITY) in found for launch in launches):
+            entry = table.kernels.get(problem)
+            predicted = entry is not None and entry.predicted_us is not None
+            if predicted and all(compile_key(launch, CAPABILITY) in found for launch in launches):
                 now.setdefault(problem, 1e6 * predictor.total(launches) / len(launches))
     expected = {problem: table.kernels[problem].predicted_us or INFINITE for problem in now}
     return sum(abs(us - expected[problem]) > TIE * us for problem, us in now.items()), len(now)
@@ -204,6 +206,14 @@ def _backend(target: Target, chosen: dict[Problem, int], predictor: Predictor) -
     sure = "" if seconds <= floor else ", which only a measurement can tell"
     why = f"predicted: Triton {triton_us} us, plain {plain_us} us at least: triton{sure}"
     return Choice("triton", why, "predicted", triton_us, None)
+
+
+def _left_to_the_dispatcher(target: Target) -> bool:
+    """Wide decoders in fp32 without the matrix units: of those a card takes several times as long as is counted."""
+    if target.precision != "ieee":
+        return False
+    rows, hard = target.batch * target.height * target.width, target.permutations == "hard"
+    return select_whole_flow(CHIP.capability, target.features, rows, "ieee", hard=hard) is None
 
 
 def _under(target: Target, chosen: dict[Problem, int]) -> list[Launch]:

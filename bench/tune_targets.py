@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from cflow_fast.kernels.tuning import bucket
 from cflow_fast.kernels.tuning_table import DecoderProblem
 from cflow_fast.kernels.weights import FlowWeights
 from cflow_fast.model import CFlowAD
+
+SPECIMENS = 64
+"""That are kept: every candidate asks for its decoder's."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Target:
     def weights(self) -> FlowWeights:
         """On the meta device."""
         soft = self.permutations == "soft"
-        return specimen_weights(self.features, soft, self._storage, self.condition, self.blocks, self.activation)
+        return _specimen(self.features, soft, self._storage, self.condition, self.blocks, self.activation)
 
     def maps(self) -> Tensor:
         """On the meta device, as encoders give them."""
@@ -74,6 +78,9 @@ class Target:
     @property
     def _storage(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+_specimen = lru_cache(SPECIMENS)(specimen_weights)
 
 
 def targets(
@@ -142,7 +149,7 @@ def problem_of(launch: Launch) -> Problem | None:
     args, c = launch.args, launch.constexprs
     match launch.kernel.__name__:
         case "linear_kernel":
-            numbers = args["inputs"], args["outputs"], int(c["EPILOGUE"] == "rotate")
+            numbers = args["inputs"], args["outputs"], int(c["EPILOGUE"] == "rotate" or c["IN_PARTS"])
             return Problem("linear", c["PRECISION"], bucket(args["rows"]), numbers)
         case "coupling_kernel":
             return Problem("coupling", c["PRECISION"], bucket(args["rows"]), (args["inputs"], args["half"]))

@@ -128,6 +128,11 @@ def how_taken(precision: str, outer: bool = False, exact: bool = False) -> str:
     return "rounded" if outer or (exact and precision == "tf32") else "operand"
 
 
+def adds_in_parts(precision: str, takes: str) -> bool:
+    """Whether a product's sums are added up part by part (see `lang`): then there is a second tile beside them."""
+    return precision in ("tf32", "tf32x3") and takes != "operand"
+
+
 Tile = tuple[int, int, int, int, int]
 """Rows, outputs, inputs a step, warps, stages; of a coupling layer the outputs are columns of s and of t together."""
 
@@ -160,10 +165,10 @@ def begins_early(rows: int, chip: Chip) -> bool:
 
 
 def select_linear(
-    rows: int, inputs: int, outputs: int, precision: str, chip: Chip, rotates: bool = False
+    rows: int, inputs: int, outputs: int, precision: str, chip: Chip, second: bool = False
 ) -> LinearConfig:
-    """rotates: the epilogue that holds a second tile, and leaves no registers for the widest one."""
-    tiles = [tile for tile in _tiles(precision, chip) if tile[1] <= (128 if rotates else 256)]
+    """second: an epilogue or sums with a second tile, which leaves no registers for the widest one."""
+    tiles = [tile for tile in _tiles(precision, chip) if tile[1] <= (128 if second else 256)]
     tile, split_k = _select(tiles, rows, inputs, outputs, chip)
     return LinearConfig(*tile, split_k, programs=_programs(tile))
 
@@ -308,7 +313,7 @@ class Problem(NamedTuple):
 
 
 NUMBERS = {
-    "linear": ("inputs", "outputs", "rotates"),
+    "linear": ("inputs", "outputs", "second"),
     "coupling": ("inputs", "half"),
     "whole_flow": ("features", "own_condition", "hard"),
     "tail": ("scales", "height", "width"),
@@ -332,8 +337,8 @@ def rule(problem: Problem, chip: Chip) -> Config | None:
     rows, numbers, precision = problem.rows, problem.numbers, problem.precision
     match problem.kernel:
         case "linear":
-            inputs, outputs, rotates = numbers
-            return select_linear(rows, inputs, outputs, precision, chip, bool(rotates))
+            inputs, outputs, second = numbers
+            return select_linear(rows, inputs, outputs, precision, chip, bool(second))
         case "coupling":
             inputs, half = numbers
             return select_coupling(rows, inputs, half, precision, chip)
@@ -355,9 +360,9 @@ def candidates(problem: Problem, chip: Chip) -> list[Config]:
     found: list[Config] = [first]
     match problem.kernel:
         case "linear":
-            inputs, outputs, rotates = numbers
+            inputs, outputs, second = numbers
             for tile, split_k, programs in _product_candidates(rows, inputs, outputs, precision, chip):
-                if tile[1] <= (128 if rotates else 256):
+                if tile[1] <= (128 if second else 256):
                     found.append(LinearConfig(*tile, split_k, programs=programs))
         case "coupling":
             inputs, half = numbers

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import CouplingConfig, how_taken
+from cflow_fast.kernels.configs import CouplingConfig, adds_in_parts, how_taken
 from cflow_fast.kernels.lang import INTERPRET, add_product, operand, taken, tanh
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.rows import Rows
@@ -144,6 +144,7 @@ def coupling_launch(
         "RAGGED": half % config.block_out != 0,
         "ROUNDED": rounded,
         "TAKES": how_taken(precision),
+        "IN_PARTS": adds_in_parts(precision, how_taken(precision)),
         "EARLY": early,
         "PRECISION": precision,
         **config.constexprs(),
@@ -198,6 +199,7 @@ def coupling_kernel(
     RAGGED: tl.constexpr,
     ROUNDED: tl.constexpr,
     TAKES: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -233,8 +235,8 @@ def coupling_kernel(
             k = start + step
             hidden = taken(tl.load(hidden_ptr + hidden_row[:, None] + k[None, :]), TAKES, PRECISION)
             offsets = s_row[None, :] + k[:, None]
-            s = add_product(s, hidden, w_ptr, w_low_ptr, offsets, TAKES, PRECISION)
-            t = add_product(t, hidden, w_ptr, w_low_ptr, half * inputs + offsets, TAKES, PRECISION)
+            s = add_product(s, hidden, w_ptr, w_low_ptr, offsets, TAKES, IN_PARTS, PRECISION)
+            t = add_product(t, hidden, w_ptr, w_low_ptr, half * inputs + offsets, TAKES, IN_PARTS, PRECISION)
 
         complete = True
         if SPLIT_K > 1:

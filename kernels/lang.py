@@ -91,12 +91,20 @@ def added(acc, part):
 
 
 @triton.jit
-def add_product(acc, x, w_ptr, w_low_ptr, offsets, TAKES: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x W, what is small first. x: see `taken`; w_low_ptr: what rounding left of W, beside "tf32x3" alone."""
+def add_product(
+    acc, x, w_ptr, w_low_ptr, offsets, TAKES: tl.constexpr, IN_PARTS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + x W, what is small first. x: see `taken`; w_low_ptr: what rounding left of W, beside "tf32x3" alone.
+
+    IN_PARTS also keeps products whose factor comes from registers from running into the next step: there Triton 3.6
+    lets one group of warps overwrite weights that another one's matrix units may still read.
+    """
     large, small = x
     w = tl.load(w_ptr + offsets)
-    if TAKES == "split":
-        part = dot(small, w, tl.zeros(acc.shape, tl.float32), PRECISION)
+    if IN_PARTS:
+        part = tl.zeros(acc.shape, tl.float32)
+        if TAKES == "split":
+            part = dot(small, w, part, PRECISION)
         if w_low_ptr is not None:
             part = dot(large, tl.load(w_low_ptr + offsets), part, PRECISION)
         return added(acc, dot(large, w, part, PRECISION))

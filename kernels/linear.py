@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import LinearConfig, how_taken
+from cflow_fast.kernels.configs import LinearConfig, adds_in_parts, how_taken
 from cflow_fast.kernels.lang import activated_operand, add_product, operand, taken
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.rows import Rows
@@ -92,6 +92,7 @@ def linear_launch(
     early: see `tiles`; whatever else is launched between launches of one chain has to be early too, or end before them.
     """
     assert (low is not None) == (precision == "tf32x3")
+    takes = takes or how_taken(precision, x.outer)
     (outputs, inputs), y_outputs = weight.shape, y.shape[1]
     assert (outputs > y_outputs) == (beyond is not None)
     row_tiles = triton.cdiv(x.count, config.block_rows)
@@ -137,7 +138,8 @@ def linear_launch(
         "OUTER": x.outer,
         "MAPS": x.maps is not None,
         "ROUNDED": rounded,
-        "TAKES": takes or how_taken(precision, x.outer),
+        "TAKES": takes,
+        "IN_PARTS": adds_in_parts(precision, takes),
         "EARLY": early,
         "PRECISION": precision,
         **config.constexprs(),
@@ -196,6 +198,7 @@ def linear_kernel(
     MAPS: tl.constexpr,
     ROUNDED: tl.constexpr,
     TAKES: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -248,7 +251,7 @@ def linear_kernel(
             else:
                 x = tl.load(x_tile_ptr)
             x = taken(x, TAKES, PRECISION)
-            acc = add_product(acc, x, w_ptr, w_low_ptr, w_row[None, :] + k[:, None], TAKES, PRECISION)
+            acc = add_product(acc, x, w_ptr, w_low_ptr, w_row[None, :] + k[:, None], TAKES, IN_PARTS, PRECISION)
 
         complete = True
         if SPLIT_K > 1:

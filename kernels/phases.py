@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import LinearConfig, ReductionConfig, begins_early, how_taken
+from cflow_fast.kernels.configs import LinearConfig, ReductionConfig, adds_in_parts, begins_early, how_taken
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
@@ -44,7 +44,7 @@ class Phases:
         if self.early:
             self.scratch.counters(1)  # now: a launch can be early only after another one
         self.joined = is_joined(prepared.precision)
-        self.makes_v = self._config(half, hidden + half) if self.joined else self._config(half, half, narrow=True)
+        self.makes_v = self._config(half, hidden + half) if self.joined else self._config(half, half, "split")
         self.tiles = triton.cdiv(half, self.coupling.block_out)
         self.v_tiles = 0 if prepared.norm_passive else triton.cdiv(half, self.makes_v.block_out)
         self.padded_rows = triton.cdiv(rows, ROW_PADDING) * ROW_PADDING
@@ -90,8 +90,9 @@ class Phases:
     def linear(
         self, x: Rows, weight: Tensor, low: Tensor | None, y: Tensor, bias: Tensor | None = None, **options: object
     ) -> Launch:
-        narrow = options.get("rotation") is not None or options.get("takes") == "split"
-        config = self._config(weight.shape[1], weight.shape[0], narrow)
+        takes = options.setdefault("takes", how_taken(self.prepared.precision, x.outer))
+        rotates = options.get("rotation") is not None
+        config = self._config(weight.shape[1], weight.shape[0], str(takes), rotates)
         return self._linear(x, weight, low, y, config, bias, **options)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -99,7 +100,8 @@ class Phases:
 
     def _first_layer(self, block: int, x1: Rows, bias: HiddenBias, beyond: Beyond | None) -> Iterator[Launch]:
         w = self.prepared
-        config = self.makes_v if beyond and self.joined else self._config(w.half, w.hidden)
+        takes = how_taken(w.precision, x1.outer, exact=not w.hard)
+        config = self.makes_v if beyond and self.joined else self._config(w.half, w.hidden, takes)
         if isinstance(bias, Tensor):
             assert w.w1_condition is not None
             low = None if w.low is None else _of(w.low.w1_condition, block)
@@ -114,7 +116,7 @@ class Phases:
             adds_y=isinstance(bias, Tensor),
             activation=w.weights.activation,
             beyond=beyond if self.joined else None,
-            takes=how_taken(w.precision, x1.outer, exact=not w.hard),
+            takes=takes,
         )
         if beyond and not self.joined:
             assert w.soft is not None
@@ -162,9 +164,11 @@ class Phases:
         """The sums of v^2 after the last block's rotation."""
         return self.sums[-self.v_tiles :]
 
-    def _config(self, inputs: int, outputs: int, narrow: bool = False) -> LinearConfig:
-        """narrow: beside the sums there is a second tile in registers."""
-        return select_linear(self.rows, inputs, outputs, self.prepared.precision, self.chip, narrow)
+    def _config(self, inputs: int, outputs: int, takes: str = "", rotates: bool = False) -> LinearConfig:
+        """takes: how the factor is taken that a state keeps, unless given."""
+        precision = self.prepared.precision
+        second = rotates or adds_in_parts(precision, takes or how_taken(precision))
+        return select_linear(self.rows, inputs, outputs, precision, self.chip, second)
 
     def _linear(
         self,

@@ -134,13 +134,14 @@ class SoftState:
         matrices, offsets = getattr(self.mixing, name), getattr(self.mixing, OFFSETS.get(name, ""), None)
         low = None if prepared.low is None else getattr(prepared.low.soft, name)[block]
         options = {"rounded": self.phases.rounds_state} | options
+        if prepared.precision == "tf32":
+            options["takes"] = "split"
         return self.phases.linear(
             self._rows(x),
             matrices[block],
             low,
             y,
             None if offsets is None else offsets[block],
-            takes="split" if prepared.precision in ("tf32", "tf32x3") else None,
             **options,
         )
 

@@ -1,7 +1,7 @@
 """Which configuration a kernel is launched with, and which implementation a decoder runs on: tables before rules.
 
     the card's own table, which `cflow-fast tune` measures    ->  $CFLOW_FAST_CACHE, or cflow_fast in the user's cache
-    the architecture's, shipped and predicted                 ->  tuned/sm_90.json
+    the architecture's, shipped, predicted or measured        ->  tuned/sm_90.json
     the rules of `configs`
 
 A table answers for a power of two of rows, for all numbers of them up to it and above the one before. It changes the
@@ -51,10 +51,10 @@ _lock = threading.Lock()
 
 
 def select_linear(
-    rows: int, inputs: int, outputs: int, precision: str, chip: Chip, rotates: bool = False
+    rows: int, inputs: int, outputs: int, precision: str, chip: Chip, second: bool = False
 ) -> LinearConfig:
-    problem = Problem("linear", precision, rows, (inputs, outputs, int(rotates)))
-    return _tuned(problem, chip, LinearConfig) or configs.select_linear(rows, inputs, outputs, precision, chip, rotates)
+    problem = Problem("linear", precision, rows, (inputs, outputs, int(second)))
+    return _tuned(problem, chip, LinearConfig) or configs.select_linear(rows, inputs, outputs, precision, chip, second)
 
 
 def select_coupling(rows: int, inputs: int, half: int, precision: str, chip: Chip) -> CouplingConfig:

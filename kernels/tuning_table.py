@@ -34,7 +34,7 @@ _CONFIGS: dict[str, type[Any]] = {
     "whole_flow": WholeFlowConfig,
     "tail": TailConfig,
 }
-_FLAGS = ("rotates", "own_condition", "hard")
+_FLAGS = ("second", "own_condition", "hard")
 
 
 class TableError(CFlowFastError):

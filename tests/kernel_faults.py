@@ -217,4 +217,31 @@ PHASES = [
     ),
 ]
 
-FAULTS = [*TAIL, *WHOLE_FLOW, *PHASES]
+PARTS = [
+    Fault(
+        "what rounding left of a factor forgotten",
+        "lang",
+        "part = dot(small, w, part, PRECISION)",
+        "part = part + 0.0",
+        "phases, soft, tf32x3",
+    ),
+    Fault(
+        "what rounding left of weights forgotten",
+        "lang",
+        "part = dot(large, tl.load(w_low_ptr + offsets), part, PRECISION)",
+        "part = part + 0.0",
+        "phases, soft, tf32x3",
+    ),
+    Fault(
+        "parts replace the sum", "lang", "        return acc + part\n", "        return part\n", "phases, soft, tf32x3"
+    ),
+    Fault(
+        "one part of a rotation read in the other's place",
+        "state",
+        "rotated, v = self._active(self.other), self._passive(self.values)",
+        "rotated, v = self._active(self.other), self._active(self.values)",
+        "phases, soft",
+    ),
+]
+
+FAULTS = [*TAIL, *WHOLE_FLOW, *PHASES, *PARTS]

@@ -68,11 +68,11 @@ def whole_flow_is_right(permute_soft: bool) -> None:
     torch.testing.assert_close(log_prob, expected, rtol=3e-6, atol=3e-6 * 21)
 
 
-def phases_are_right(permute_soft: bool) -> None:
+def phases_are_right(permute_soft: bool, precision: str = "ieee") -> None:
     """Two splits of every product."""
     weights, maps, expected = folded(permute_soft, 41)
     with guarded() as guard:
-        log_prob = triton_flow.TritonFlow(weights, "ieee").log_prob_map(maps, encoding_factors(8, 5, 7))
+        log_prob = triton_flow.TritonFlow(weights, precision).log_prob_map(maps, encoding_factors(8, 5, 7))
     guard.written_once(log_prob)
     torch.testing.assert_close(log_prob, expected, rtol=3e-6, atol=3e-6 * 41)
 
@@ -83,6 +83,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "whole flow, hard": partial(whole_flow_is_right, False),
     "phases, soft": partial(phases_are_right, True),
     "phases, hard": partial(phases_are_right, False),
+    "phases, soft, tf32x3": partial(phases_are_right, True, "tf32x3"),
 }
 
 

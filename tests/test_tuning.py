@@ -341,7 +341,7 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> Table:
     return read_table(tuning.shipped_path((9, 0)))
 
 
-def test_every_shipped_entry_is_a_candidate_with_a_prediction(shipped: Table) -> None:
+def test_every_shipped_entry_is_a_candidate_that_was_predicted_or_measured(shipped: Table) -> None:
     text = json.loads(shipped.path.read_text())  # type: ignore[union-attr]
     assert len(text["kernels"]) == len(shipped.kernels) > 400
     assert len(text["decoders"]) == len(shipped.decoders) > 250
@@ -349,7 +349,7 @@ def test_every_shipped_entry_is_a_candidate_with_a_prediction(shipped: Table) ->
     for problem, entry in shipped.kernels.items():
         assert tuning.bucket(problem.rows) == problem.rows
         assert entry.config in candidates(problem, Chip())
-        assert entry.predicted_us is not None
+        assert entry.predicted_us is not None or entry.measured_us is not None
         assert entry.source == ("predicted" if entry.measured_us is None else "measured")
     for choice in shipped.decoders.values():
         assert choice.backend in BACKENDS
