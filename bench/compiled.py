@@ -53,6 +53,7 @@ class Compiled:
     instructions: int
     loops: tuple[Loop, ...]
     serialized: bool
+    unwaiting: bool = False  # begins before launches that it depends on have ended, and does not wait for them
 
     @property
     def loop_spills(self) -> int:
@@ -67,6 +68,8 @@ class Compiled:
         found = []
         if self.loop_spills:
             found.append(f"{self.loop_spills} spills inside a matrix loop")
+        if self.unwaiting:
+            found.append("begins early and waits for nothing")
         if self.serialized:
             found.append("wgmma serialized")
         if self.shared > SHARED_LIMIT[capability]:
@@ -89,6 +92,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         instructions=len(instructions.code),
         loops=tuple(matrix_loops(instructions)),
         serialized=bool(SERIALIZED.search(_assembler_log(kernel.asm["ptx"]))),
+        unwaiting=bool(launch.constexprs.get("EARLY")) and "griddepcontrol.wait" not in kernel.asm["ptx"],
     )
 
 

@@ -11,9 +11,11 @@ card as `cflow-fast tune` leaves it.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -238,7 +240,8 @@ def tuned(suite: Suite) -> str:
 
 def _put_to_use(table: Table) -> None:
     """In a folder of its own: the user's own table stays as it is."""
-    os.environ["CFLOW_FAST_CACHE"] = tempfile.mkdtemp(prefix="cflow-fast-tuned-")
+    os.environ["CFLOW_FAST_CACHE"] = folder = tempfile.mkdtemp(prefix="cflow-fast-tuned-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_text(tuning.cache_path(table.card), as_text(table))
     tuning.forget()
 
@@ -322,7 +325,8 @@ def main(output: Path | None, minutes: float, pack: Path | None, leave_out: tupl
         raise click.ClickException(str(error)) from error
     ends = time.time() + 60 * minutes
     suite = Suite.stored(folder, pack) if go_on_from else Suite(folder, ends, _facts(card), pack=pack)
-    suite.facts["command"] = _command(minutes, leave_out)
+    if not go_on_from:
+        suite.facts["command"] = _command(minutes, leave_out)
     with watched(suite):
         next_step = _run_steps(suite, go_on_from, leave_out)
     if next_step is not None:

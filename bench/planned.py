@@ -26,7 +26,7 @@ TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 32))
 CONDITION = 128
 WIDE, NARROW = ("wide_resnet50_2",), ("resnet18", "mobilenetv3_large_100")
 SMALL_FEATURES, SMALL_BLOCKS, SMALL_ROWS = (41, 64, 160, 320), 2, 5
-SMALL_PRECISIONS = ("fp32", "tf32", "bf16")
+SMALL_PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")
 SMALL_MAPS = ((1, 7, 8), (2, 16, 17))
 """Decoders of every kind for a memory checker, on maps (B, H, W) that end inside a tile and on loose rows."""
 BLOCK_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +87,8 @@ class Yardstick:
     def _loss(self, kind: str) -> parity.Error:
         """What FrEIA itself loses in fp32, tf32 or bf16."""
         if kind not in self._losses:
-            with parity.arithmetic_of(kind, self.device):
+            widths = math.gcd(*(decoder.features for decoder in self.decoders))
+            with parity.arithmetic_of(kind, self.device, widths):
                 self._losses[kind] = parity.measure(self._per_dimension(self.reference), self.exact)
         return self._losses[kind]
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import triton
 
 from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.rows import Rows
 
 TAIL_WARPS = 4 * 132
 """Warps that a card of Hopper's size needs before any of them is worth making longer."""
@@ -121,16 +123,18 @@ TAKES = ("operand", "rounded", "split")
 rounding to the first left."""
 
 
-def how_taken(precision: str, outer: bool = False, exact: bool = False) -> str:
-    """outer: a caller's own features; exact: a state that is kept in float32 beside tf32 operands."""
+def how_taken(precision: str, x: Rows | None = None, exact: bool = False) -> str:
+    """x: what is multiplied, unless it is an operand that a kernel left; exact: a float32 state beside tf32 ones."""
     if precision == "tf32x3":
         return "split"
-    return "rounded" if outer or (exact and precision == "tf32") else "operand"
+    if x is not None and x.outer:
+        return "operand" if precision == "bf16" and x.tensor.dtype == torch.bfloat16 else "rounded"
+    return "rounded" if exact and precision == "tf32" else "operand"
 
 
 def adds_in_parts(precision: str, takes: str) -> bool:
     """Whether a product's sums are added up part by part (see `lang`): then there is a second tile beside them."""
-    return precision in ("tf32", "tf32x3") and takes != "operand"
+    return precision != "ieee" and takes != "operand"
 
 
 Tile = tuple[int, int, int, int, int]
@@ -230,16 +234,15 @@ _WholeFlowTiles = dict[int, tuple[WholeFlowConfig, ...]]
 # The state (a half twice) and the sums of s and t fill the registers: rows x half decides what fits, and nothing here
 # spills inside the chunk loop. Weights come from L2 once per program, and 128 rows in bf16 ask for about what L2 gives
 # at the full matrix rate, 64 for twice that. At 128 rows 4 warps leave room for two programs a multiprocessor, one's
-# epilogue beside the other's products, up to halves of 64 (there with 150 to 440 spills a block outside the chunks);
-# above, 8 warps and one program. 16 rows use warp-level instructions: for few rows only. fp32 operands double the
-# state and the bytes, so that tf32 has 64 rows, and soft permutations, which it multiplies by twice, only in halves of
-# up to 64; without matrix units a thread's own products take what is left. tf32x3 would need every matrix twice.
+# epilogue beside the other's products, up to halves of 32; above, 8 warps and one program. 16 rows use warp-level
+# instructions: for few rows only. fp32 operands double the state and the bytes, so that tf32 has 64 rows, and soft
+# permutations, which it multiplies by twice, only in halves of up to 64; without matrix units a thread's own products
+# take what is left. tf32x3 would need every matrix twice.
 _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
     "bf16": {
         32: (WholeFlowConfig(128, 64, 4, 2), WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 64, 4, 2)),
         64: (
-            WholeFlowConfig(128, 32, 4, 2, own_condition=False, hard=False),
-            WholeFlowConfig(128, 32, 8, 2, own_condition=False, hard=True),
+            WholeFlowConfig(128, 32, 8, 2, own_condition=False),
             WholeFlowConfig(64, 32, 4, 2),
             WholeFlowConfig(16, 64, 4, 2),
         ),

@@ -40,10 +40,11 @@ from cflow_fast.kernels.tiles import (
 
 @dataclass(frozen=True)
 class Positions:
-    """One block's bias by position, rows[r] + columns[q]."""
+    """One block's bias by position, rows[r] + columns[q], and what has none."""
 
     rows: Tensor  # (H, outputs of W) operand precision
     columns: Tensor  # (W, outputs of W)
+    everywhere: Tensor | None = None  # (outputs of W,) float32
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def linear_launch(
     early: see `tiles`; whatever else is launched between launches of one chain has to be early too, or end before them.
     """
     assert (low is not None) == (precision == "tf32x3")
-    takes = takes or how_taken(precision, x.outer)
+    takes = takes or how_taken(precision, x)
     (outputs, inputs), y_outputs = weight.shape, y.shape[1]
     assert (outputs > y_outputs) == (beyond is not None)
     row_tiles = triton.cdiv(x.count, config.block_rows)
@@ -106,7 +107,7 @@ def linear_launch(
         "index_ptr": x.index,
         "w_ptr": weight,
         "w_low_ptr": low,
-        "bias_ptr": bias if isinstance(bias, Tensor) else None,
+        "bias_ptr": bias if isinstance(bias, Tensor) else positions.everywhere if positions else None,
         "lines_ptr": positions.rows if positions else None,
         "columns_ptr": positions.columns if positions else None,
         "cosine_ptr": rotation.cosine if rotation else None,

@@ -76,12 +76,12 @@ class PhaseWeights:
         )
 
     def positions(self, tables: PositionalTables) -> list[Positions]:
-        """Every block's tables, padded; below them V1's offset, which has no position."""
+        """Every block's tables, padded; beside them V1's offset, which has no position and is not rounded."""
         positions = []
         for block, bias in enumerate(self.bias):
-            rows, columns = (pad(table[block], self.hidden) for table in (tables.rows, tables.columns))
-            offset = bias[self.hidden :].to(columns.dtype).expand(len(columns), -1)
-            positions.append(Positions(pad(rows, len(bias)), torch.cat([columns, offset], 1)))
+            rows, columns = (pad(table[block], len(bias)) for table in (tables.rows, tables.columns))
+            offset = torch.cat([torch.zeros_like(bias[: self.hidden]), bias[self.hidden :]])
+            positions.append(Positions(rows, columns, offset if len(bias) > self.hidden else None))
         return positions
 
     @property

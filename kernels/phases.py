@@ -1,7 +1,7 @@
 """A wide decoder as a sequence of launches, a few per coupling block, over all rows of a chunk.
 
-    A  kernels/linear.py     hidden = act(w1 x1 + bias), and v beside it where a rotation follows
-    B  kernels/coupling.py   y2 in place of x2, sums of j
+    A  kernels/linear.py     hidden = act(w1 x1 + bias), and v beside it where a rotation follows (in tf32 after it)
+    B  kernels/coupling.py   y2, sums of j
     C  kernels/linear.py     soft permutations: x' by one product, or by a rotation's two; hard ones have none
 and one reduction. The features are read where they lie; what lies between the blocks is `state`'s.
 """
@@ -90,7 +90,7 @@ class Phases:
     def linear(
         self, x: Rows, weight: Tensor, low: Tensor | None, y: Tensor, bias: Tensor | None = None, **options: object
     ) -> Launch:
-        takes = options.setdefault("takes", how_taken(self.prepared.precision, x.outer))
+        takes = options.setdefault("takes", how_taken(self.prepared.precision, x))
         rotates = options.get("rotation") is not None
         config = self._config(weight.shape[1], weight.shape[0], str(takes), rotates)
         return self._linear(x, weight, low, y, config, bias, **options)
@@ -100,8 +100,11 @@ class Phases:
 
     def _first_layer(self, block: int, x1: Rows, bias: HiddenBias, beyond: Beyond | None) -> Iterator[Launch]:
         w = self.prepared
-        takes = how_taken(w.precision, x1.outer, exact=not w.hard)
-        config = self.makes_v if beyond and self.joined else self._config(w.half, w.hidden, takes)
+        takes = how_taken(w.precision, x1, exact=not w.hard)
+        outputs = w.hidden + w.half if beyond and self.joined else w.hidden
+        config = self._config(w.half, outputs, takes)
+        if beyond and self.joined and beyond.squares is not None:
+            config = self.makes_v  # whose tiles the sums are laid out for
         if isinstance(bias, Tensor):
             assert w.w1_condition is not None
             low = None if w.low is None else _of(w.low.w1_condition, block)

@@ -105,18 +105,20 @@ class MatmulProducts(_Elementwise):
     def __init__(self, weights: FlowWeights, operand_dtype: torch.dtype, state: torch.dtype | None = None) -> None:
         self.weights = weights
         self.operand_dtype = operand_dtype
+        self.sums = state is None  # else it says what a state is in
         self.matrices = {
             name: ProductFamily(m.matrix.to(dtype), None if m.bias is None else m.bias.to(bias).unsqueeze(2))
             for name, m in product_families(weights).items()
             for dtype in [precision_of(name, weights, operand_dtype, state)]
-            for bias in [weights.state_dtype if _gives_sums(name, m.matrix) else dtype]
+            for bias in [weights.state_dtype if self.sums and _gives_sums(name, m.matrix) else dtype]
         }
 
     def product(self, name: str, block: int, x: Tensor, add: Tensor | None = None, activation: str = "none") -> Tensor:
         family = self.matrices[name]
         matrix = family.matrix[block]
         bias, x = None if family.bias is None else family.bias[block], x.to(matrix.dtype)
-        if _gives_sums(name, matrix) and matrix.dtype == torch.bfloat16:
+        if self.sums and _gives_sums(name, matrix) and matrix.dtype == torch.bfloat16:
+            assert add is None
             y = torch.mm(matrix, x, out_dtype=torch.float32)
             y = y if bias is None else y.add_(bias)
         elif add is not None:

@@ -24,7 +24,7 @@ class Rows:
 
     maps: rows go through maps instead of being evenly spaced; row_stride is then the step from column to column.
     outer: the caller's own tensor, of any dtype and nothing readable beyond its rows and features. Otherwise a
-    workspace: in operand precision, its rows padded to whole tiles.
+    workspace: operands, or float32 that is rounded on loading, its rows padded to whole tiles.
     index: input k is the feature index[k], where a state keeps its features in an order of its own.
     """
 

@@ -6,6 +6,7 @@ A decoder whose state fits the registers runs whole in one kernel (`whole_flow`)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -51,7 +52,7 @@ class TritonFlow:
             for images, lines in chunks(batch, height, width):
                 bias = None
                 if isinstance(tables, list):
-                    bias = [Positions(table.rows[lines], table.columns) for table in tables]
+                    bias = [replace(table, rows=table.rows[lines]) for table in tables]
                 some = log_prob[images, lines]
                 self._phases(map_rows(features[images, :, lines]), bias, some.view(-1), torch.empty_like(some).view(-1))
             return log_prob

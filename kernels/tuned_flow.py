@@ -21,7 +21,7 @@ from cflow_fast.kernels.weights import FlowWeights, mixing_kind
 
 
 class TunedFlow:
-    """Safe from several threads. What the plain path needs is made when the table first names it, in no capture."""
+    """Safe from several threads. What the plain path needs is made when it is first taken, in no capture."""
 
     def __init__(self, weights: FlowWeights, precision: str, operand_dtype: torch.dtype) -> None:
         self.weights = weights

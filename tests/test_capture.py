@@ -210,6 +210,22 @@ def test_calls_on_a_cpu_run_in_order() -> None:
     assert side_by_side([lambda: torch.tensor(1), lambda: torch.tensor(2)], torch.device("cpu")) == [1, 2]
 
 
+def test_tensors_are_copied_at_once_whatever_their_layouts() -> None:
+    sources = (
+        torch.randn(3, 4),
+        torch.randn(2, 3, 5, 5).contiguous(memory_format=torch.channels_last),
+        torch.randn(4, 1).expand(4, 3),
+        torch.randn(2, 2).bfloat16(),
+        torch.empty(0, 3),
+    )
+    copies = capture._copies(sources)
+    for mine, theirs in zip(copies, sources, strict=True):
+        assert torch.equal(mine, theirs)
+        assert not mine.numel() or mine.data_ptr() != theirs.data_ptr()
+    capture._copy_all(copies[:2], tuple(2 * source for source in sources[:2]))
+    assert torch.equal(copies[1], 2 * sources[1])
+
+
 def test_a_layout_is_captured_once_and_replayed_with_new_values(card: Card, cache: GraphCache) -> None:
     for value in (1.0, 5.0):
         (result,) = cache(on_card(card, 3, value=value))

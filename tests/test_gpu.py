@@ -172,6 +172,18 @@ def test_likelihoods_are_the_same_bit_by_bit_from_run_to_run(features: int, perm
             assert torch.equal(folded.log_prob(x), first)
 
 
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
+def test_wide_decoders_give_the_same_bits_from_run_to_run(permute_soft: bool, precision: str) -> None:
+    """What one group of warps overwrites while another still reads it shows here, if anywhere."""
+    folded = decoder(2048, permute_soft=permute_soft).fold(precision)
+    for batch, side in ((1, 8), (8, 8), (32, 8)):
+        x = maps(folded, batch, side)
+        first = folded.log_prob(x)
+        for _ in range(10):
+            assert torch.equal(folded.log_prob(x), first)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features", [64, 512])

@@ -144,10 +144,12 @@ def test_what_tuning_found_is_launched_from_then_on(monkeypatch: pytest.MonkeyPa
     chip, problem = Chip((9, 0), 132, "Some Card"), Problem("linear", "bf16", 64, (512, 1280, 0))
     usual = tuning.select_linear(64, 512, 1280, "bf16", chip)
     other = next(config for config in candidates(problem, chip) if config != usual)
-    gpu._put_to_use(Table("Some Card", 132, {problem: Entry(other, None, 1.0)}, {}, {}))
-    assert tuning.select_linear(64, 512, 1280, "bf16", chip) == other
-    assert tuning.cache_path("Some Card").exists()
-    tuning.forget()
+    try:
+        gpu._put_to_use(Table("Some Card", 132, {problem: Entry(other, None, 1.0)}, {}, {}))
+        assert tuning.select_linear(64, 512, 1280, "bf16", chip) == other
+        assert tuning.cache_path("Some Card").exists()
+    finally:
+        tuning.forget()
 
 
 @pytest.mark.usefixtures("card")

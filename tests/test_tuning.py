@@ -17,6 +17,7 @@ from flows import rough_decoder
 
 from cflow_fast import ops
 from cflow_fast.bench.headline import PRECISIONS
+from cflow_fast.bench.tune_targets import targets
 from cflow_fast.errors import CFlowFastError
 from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import configs, tuning
@@ -238,17 +239,20 @@ def test_a_number_without_an_end_is_damage_like_any_other() -> None:
     assert selected() == by_rule()
 
 
-def test_a_configuration_for_the_other_kind_of_rows_is_passed_over() -> None:
-    """Registers hold no condition of their own beside 128 rows of 128 features; nor those of hard permutations."""
-    unfit = next(
-        c for c in configs._WHOLE_FLOW_HOPPER["bf16"][64] if c.block_rows == 128 and not c.hard and not c.own_condition
-    )
-    for own_condition, hard in ((1, 0), (0, 1)):
-        problem = Problem("whole_flow", "bf16", 65536, (128, own_condition, hard))
-        write(tuning.cache_path(CARD.name), own((problem, Entry(unfit, None, 4.0))))
-        with pytest.warns(UserWarning, match="would not launch"):
-            found = tuning.select_whole_flow(CARD, 128, 65536, "bf16", bool(own_condition), bool(hard))
-        assert found == rule(problem, CARD) != unfit
+@pytest.mark.parametrize(
+    ("features", "own_condition", "hard"), [(160, True, False), (256, False, True)], ids=["own condition", "hard"]
+)
+def test_a_configuration_for_the_other_kind_of_rows_is_passed_over(
+    features: int, own_condition: bool, hard: bool
+) -> None:
+    """Registers hold no condition of their own beside some tiles; others are for one kind of permutations alone."""
+    tiles = configs._WHOLE_FLOW_HOPPER["bf16"][features // 2 if hard else 96]
+    unfit = next(c for c in tiles if (c.hard is False if hard else not c.own_condition))
+    problem = Problem("whole_flow", "bf16", 65536, (features, int(own_condition), int(hard)))
+    write(tuning.cache_path(CARD.name), own((problem, Entry(unfit, None, 4.0))))
+    with pytest.warns(UserWarning, match="would not launch"):
+        found = tuning.select_whole_flow(CARD, features, 65536, "bf16", own_condition, hard)
+    assert found == rule(problem, CARD) != unfit
 
 
 def test_what_is_measured_later_is_merged_and_predictions_replace_no_measurement() -> None:
@@ -355,6 +359,15 @@ def test_every_shipped_entry_is_a_candidate_that_was_predicted_or_measured(shipp
         assert choice.backend in BACKENDS
         assert choice.backend in choice.why
     assert as_text(shipped) == shipped.path.read_text(), "as the command writes it"  # type: ignore[union-attr]
+
+
+def test_every_shipped_product_is_asked_for_by_a_usual_decoder(shipped: Table) -> None:
+    asked: set[Problem] = set()
+    for target in targets():
+        with tuning.trying({}):
+            asked |= set(target.launches(Chip()))
+    products = {problem for problem in shipped.kernels if problem.kernel in ("linear", "coupling")}
+    assert products <= asked
 
 
 def test_what_is_shipped_is_launched(shipped: Table) -> None:
