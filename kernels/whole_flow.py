@@ -1,7 +1,8 @@
 """Narrow decoders, up to 256 features or so: all blocks in one launch.
 
-Every program reads the features of its rows once, carries them through all coupling blocks in registers and writes
-one number per row (`whole_flow_kernel`), on weights padded once (`whole_flow_weights`):
+Every program reads the features of its rows once, carries them through all coupling blocks, in registers or, where
+they are permuted by index, in a scratch of its own, and writes one number per row (`whole_flow_kernel`), on weights
+padded once (`whole_flow_weights`):
 
     log p = -(||u||^2 + D ln 2 pi) / 2 + log_det                 the same as `flow.run_flow`, block by block
 """
