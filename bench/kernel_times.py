@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -215,16 +214,8 @@ def captured(run: Run, device: torch.device) -> Run:
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # not by torch.cuda.graph, which gives all free memory back first: 0.2 s each time
-        collects = gc.isenabled()
-        gc.disable()  # a graph that is collected in the middle of a capture would end it
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            graph.capture_end()
-            if collects:
-                gc.enable()
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph, stream=stream):
+        run()  # a capture that breaks does not always come back to the stream that was current
     return graph.replay
 
 

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from cflow_fast import ops
 from cflow_fast.decoder import CLAMPS, FlowDecoder, gaussian_log_prob
 from cflow_fast.folded import FoldedDecoder
-from cflow_fast.kernels.whole_flow_weights import as_operand
+from cflow_fast.kernels.weights import round_to_tf32
 from cflow_fast.positional import encoding_factors, positional_encoding
 from cflow_fast.precision import arithmetic, multiplies_bf16
 
@@ -426,7 +426,7 @@ class EmulatedTf32(TorchFunctionMode):
         if func is not F.linear:
             return func(*args, **(kwargs or {}))
         x, weight, *bias = args
-        return func(as_operand(x, "tf32"), as_operand(weight, "tf32"), *bias, **(kwargs or {}))
+        return func(round_to_tf32(x), round_to_tf32(weight), *bias, **(kwargs or {}))
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:

@@ -169,25 +169,15 @@ class _Graph:
             for earlier in (self.done, _last_replay.get(self.device)):  # they may have been queued on other streams
                 if earlier is not None:
                     current.wait_event(earlier)
-            _copy_all(self.inputs, inputs)
+            for fixed, tensor in zip(self.inputs, inputs, strict=True):
+                fixed.copy_(tensor)
             self.graph.replay()
-            results = _copies(self.outputs)
+            results = tuple(output.clone() for output in self.outputs)
             self.done = _last_replay[self.device] = current.record_event()
         return results
 
     def finish(self) -> None:
         self.done.synchronize()
-
-
-def _copy_all(targets: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> None:
-    """In one launch where the layouts allow it: a launch costs as long as a small copy."""
-    torch._foreach_copy_(list(targets), list(sources))
-
-
-def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    copies = tuple(torch.empty_like(tensor) for tensor in tensors)
-    _copy_all(copies, tensors)
-    return copies
 
 
 _capturing = threading.RLock()

@@ -80,11 +80,7 @@ class ProductConfig:
         }
 
     def options(self, early: bool = False) -> dict[str, int | bool]:
-        options: dict[str, int | bool] = {
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": True,
-        }
+        options: dict[str, int | bool] = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return options | {"launch_pdl": True} if early else options
 
 

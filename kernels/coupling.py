@@ -97,6 +97,7 @@ def coupling_launch(
     early: see `tiles`.
     """
     assert (low is not None) == (precision == "tf32x3")
+    takes = how_taken(precision)
     half, rows = weight.shape[0] // 2, source.active.count
     row_tiles, out_tiles = triton.cdiv(rows, config.block_rows), triton.cdiv(half, config.block_out)
     tiles, splits = row_tiles * out_tiles, config.split_k > 1
@@ -143,8 +144,8 @@ def coupling_launch(
         "MAPS": reads.maps is not None,
         "RAGGED": half % config.block_out != 0,
         "ROUNDED": rounded,
-        "TAKES": how_taken(precision),
-        "IN_PARTS": adds_in_parts(precision, how_taken(precision)),
+        "TAKES": takes,
+        "IN_PARTS": adds_in_parts(precision, takes),
         "EARLY": early,
         "PRECISION": precision,
         **config.constexprs(),
@@ -216,8 +217,8 @@ def coupling_kernel(
         if row_tile == 0:  # the others want the same
             first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
             s_row = tl.minimum(out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT), half - 1) * inputs
-            fetch_rows(w_ptr, s_row, first, end, BLOCK_OUT, 8)
-            fetch_rows(w_ptr + half * inputs, s_row, first, end, BLOCK_OUT, 8)
+            fetch_rows(w_ptr, s_row, first, end, 8)
+            fetch_rows(w_ptr + half * inputs, s_row, first, end, 8)
     wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)

@@ -6,10 +6,10 @@ compiled is the plain instruction. A kernel makes its operands with `operand` or
 and stores an operand as it is: its rounding is done, so that the interpreter's truncation loses nothing.
 
 PRECISION is one of "ieee", "tf32", "tf32x3" (operands in fp32) and "bf16" (operands in bf16); sums are always fp32.
-"tf32x3" takes every factor as two operands, itself and what rounding left of it. Triton has such products too but cuts
-the first part off where this rounds it: what is lost then always has one sign, and adds up to seven times as much.
-So does what matrix units lose: they cut every sum off, step by step, by 6e-8 of it in eight inputs or so. Where
-digits are kept, a few steps begin at zero and are added to the sum by an addition that rounds.
+"tf32x3" takes every factor as two operands, itself and what rounding left of it. Triton has such products too, which
+split the weights anew in every tile; here they are stored in two parts. Matrix units cut sums off where an addition
+rounds, so that what is lost always has one sign: carried through all inputs, sums of 1024 features lost over 40 times
+as much on a card. Where digits are kept, a few steps begin at zero and are added to the sum by a rounding addition.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
@@ -96,8 +96,8 @@ def add_product(
 ):
     """acc + x W, what is small first. x: see `taken`; w_low_ptr: what rounding left of W, beside "tf32x3" alone.
 
-    IN_PARTS also keeps products whose factor comes from registers from running into the next step: there Triton 3.6
-    lets one group of warps overwrite weights that another one's matrix units may still read.
+    IN_PARTS also keeps products whose factor comes from registers from running into the next step: there Triton may
+    write the next step's factor into registers that matrix units still read (triton-lang/triton, issue 9433).
     """
     large, small = x
     w = tl.load(w_ptr + offsets)

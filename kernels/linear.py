@@ -220,7 +220,7 @@ def linear_kernel(
             first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
             first_column, _, _ = _columns(out_tile, y_tiles, y_outputs, outputs, HAS_V, BLOCK_OUT)
             w_row = tl.minimum(first_column + tl.arange(0, BLOCK_OUT), outputs - 1) * inputs
-            fetch_rows(w_ptr, w_row, first, end, BLOCK_OUT, 8)
+            fetch_rows(w_ptr, w_row, first, end, 8)
     wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.linear import Positions
 from cflow_fast.kernels.torch_flow import PositionalTables
-from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
+from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing, round_to_tf32
 
 PADDING = 64
 """Both halves and the hidden layer are padded to multiples of this: then no product masks its inputs."""
@@ -122,13 +122,6 @@ class _Operands:
     def halves(self, matrix: Tensor, first: int, half: int, columns: int) -> Tensor:
         """Rows of two halves, the first of `first` rows, each padded to `half`."""
         return self(_pad_halves(matrix.mT, first, half).mT, 2 * half, columns).contiguous()
-
-
-def round_to_tf32(x: Tensor) -> Tensor:
-    """float32 with the mantissa rounded to nearest even at tf32's 10 bits."""
-    bits = x.view(torch.int32)
-    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
-    return torch.where(x.isfinite(), rounded.view(torch.float32), x)
 
 
 def _padded(width: int) -> int:

@@ -53,7 +53,7 @@ def wait_for_earlier(EARLY: tl.constexpr):
 
 
 @triton.jit
-def fetch_rows(w_ptr, row, first, end, ROWS: tl.constexpr, LINES: tl.constexpr):
+def fetch_rows(w_ptr, row, first, end, LINES: tl.constexpr):
     """Have L2 fetch elements `first` to `end` of rows that begin at `row`; whole lines, any of them more than once."""
     if not INTERPRET:
         line: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth

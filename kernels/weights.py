@@ -131,3 +131,10 @@ MIXINGS: dict[str, type[HardMixing] | type[SoftMixing]] = {"hard": HardMixing, "
 
 def mixing_kind(mixing: Mixing) -> str:
     return next(kind for kind, cls in MIXINGS.items() if isinstance(mixing, cls))
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """float32 with the mantissa rounded to nearest even at tf32's 10 bits, which matrix units would truncate to."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x)

@@ -291,11 +291,11 @@ def _affine(x, s, t, clamp, PRECISION: tl.constexpr, SIDE: tl.constexpr):
     exponent = clamp * 1.4426950408889634  # log2 e
     bent = tanh(s[0], PRECISION)
     total = tl.sum(bent, 1)
-    main = x[0].to(tl.float32) * exp2(bent * exponent) + t[0]
+    main = x[0] * exp2(bent * exponent) + t[0]
     if SIDE:
         bent = tanh(s[1], PRECISION)
         total += tl.sum(bent, 1)
-        side = x[1].to(tl.float32) * exp2(bent * exponent) + t[1]
+        side = x[1] * exp2(bent * exponent) + t[1]
     else:
         side = nothing()
     return (main, side), clamp * total

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cflow_fast.kernels.torch_flow import PositionalTables
-from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing
+from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing, round_to_tf32
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 SMALLEST_TILE = 16
@@ -116,15 +116,11 @@ def paired(halves: Tensor, main: int) -> Tensor:
 
 
 def as_operand(matrix: Tensor, precision: str) -> Tensor:
-    """A matrix as it is multiplied. tf32 is rounded to nearest here: the matrix units would truncate."""
+    """A matrix as it is multiplied."""
     if precision == "bf16":
         return matrix.bfloat16()
     matrix = matrix.float()
-    if precision != "tf32":
-        return matrix
-    bits = matrix.contiguous().view(torch.int32)
-    rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-    return torch.where(matrix.isfinite(), rounded, matrix)
+    return round_to_tf32(matrix) if precision == "tf32" else matrix
 
 
 def _mixing(weights: FlowWeights, h: int, main: int, precision: str) -> dict[str, Any]:

@@ -135,9 +135,6 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
     monkeypatch.setattr(capture, "_stream_pool", {})
     monkeypatch.setattr(capture, "_last_replay", {})
-    one_by_one = lambda targets, sources: [a.copy_(b) for a, b in zip(targets, sources, strict=True)]  # noqa: E731
-    monkeypatch.setattr(capture, "_copy_all", one_by_one)
-    monkeypatch.setattr(capture, "_copies", lambda tensors: tuple(tensor.clone() for tensor in tensors))
     return card
 
 
@@ -208,22 +205,6 @@ def test_streams_are_made_once(card: Card, cache: GraphCache) -> None:
 
 def test_calls_on_a_cpu_run_in_order() -> None:
     assert side_by_side([lambda: torch.tensor(1), lambda: torch.tensor(2)], torch.device("cpu")) == [1, 2]
-
-
-def test_tensors_are_copied_at_once_whatever_their_layouts() -> None:
-    sources = (
-        torch.randn(3, 4),
-        torch.randn(2, 3, 5, 5).contiguous(memory_format=torch.channels_last),
-        torch.randn(4, 1).expand(4, 3),
-        torch.randn(2, 2).bfloat16(),
-        torch.empty(0, 3),
-    )
-    copies = capture._copies(sources)
-    for mine, theirs in zip(copies, sources, strict=True):
-        assert torch.equal(mine, theirs)
-        assert not mine.numel() or mine.data_ptr() != theirs.data_ptr()
-    capture._copy_all(copies[:2], tuple(2 * source for source in sources[:2]))
-    assert torch.equal(copies[1], 2 * sources[1])
 
 
 def test_a_layout_is_captured_once_and_replayed_with_new_values(card: Card, cache: GraphCache) -> None:

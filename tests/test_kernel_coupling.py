@@ -13,9 +13,10 @@ from torch import Tensor
 from cflow_fast.kernels.configs import CouplingConfig, ReductionConfig
 from cflow_fast.kernels.coupling import Halves, Norm, Pending, Target, coupling_launch
 from cflow_fast.kernels.launch import Scratch
-from cflow_fast.kernels.phase_weights import operand_dtype, round_to_tf32
+from cflow_fast.kernels.phase_weights import operand_dtype
 from cflow_fast.kernels.reduction import reduction_launch
 from cflow_fast.kernels.rows import Rows, map_rows
+from cflow_fast.kernels.weights import round_to_tf32
 
 CPU = torch.device("cpu")
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16")

@@ -15,8 +15,9 @@ from torch import Tensor
 from cflow_fast.kernels.configs import LinearConfig
 from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.linear import Beyond, Positions, Rotation, linear_launch
-from cflow_fast.kernels.phase_weights import operand_dtype, round_to_tf32
+from cflow_fast.kernels.phase_weights import operand_dtype
 from cflow_fast.kernels.rows import Rows, loose_rows, map_rows
+from cflow_fast.kernels.weights import round_to_tf32
 
 CPU = torch.device("cpu")
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16")
@@ -177,7 +178,7 @@ def test_factor_that_is_taken_as_two_operands_keeps_its_digits() -> None:
 
 
 def test_three_products_of_tf32_lose_no_more_than_fp32_and_to_no_side() -> None:
-    """What is cut off instead of rounded shrinks every product alike, which eight blocks in a row show."""
+    """Parts that are cut off instead of rounded would shrink every product alike."""
     torch.manual_seed(0)
     x, weight = state("tf32x3", 4 * INPUTS), operands("tf32x3", OUTPUTS, 4 * INPUTS)
     y = torch.empty(PADDED, OUTPUTS)

@@ -19,8 +19,7 @@ from cflow_fast import FlowDecoder, parity
 from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import cpu_flow, torch_flow
 from cflow_fast.kernels.cpu_library import library
-from cflow_fast.kernels.weights import FlowWeights
-from cflow_fast.kernels.whole_flow_weights import as_operand
+from cflow_fast.kernels.weights import FlowWeights, round_to_tf32
 from cflow_fast.parity import (
     Case,
     Error,
@@ -157,7 +156,7 @@ def test_tf32_is_emulated_for_widths_that_cublas_has_none_for() -> None:
     with parity.arithmetic_of("tf32", CPU, features=41):
         assert not torch.backends.cuda.matmul.allow_tf32
         rounded = F.linear(x, weight, bias)
-    assert torch.equal(rounded, F.linear(as_operand(x, "tf32"), as_operand(weight, "tf32"), bias))
+    assert torch.equal(rounded, F.linear(round_to_tf32(x), round_to_tf32(weight), bias))
     assert 1e-6 < (rounded - F.linear(x, weight, bias)).abs().max() < 1e-2
 
 

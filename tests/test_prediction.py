@@ -166,6 +166,7 @@ def test_what_makes_a_kernel_slow_is_a_fault() -> None:
     assert aot.faults(kernel, CODE) == []
     assert aot.faults(kernel, replace(CODE, loops=(Loop(100, 2, 4, 0, 0),))) == ["2 spills inside a matrix loop"]
     assert aot.faults(kernel, replace(CODE, serialized=True)) == ["wgmma serialized"]
+    assert aot.faults(kernel, replace(CODE, unwaiting=True)) == ["begins early and waits for nothing"]
     assert aot.faults(kernel, replace(CODE, shared=10**6)) == ["1000000 bytes of shared memory, over 232448"]
     no_wgmma = replace(CODE, loops=(Loop(100, 0, 0, 8, 0),))
     assert aot.faults(kernel, no_wgmma) == ["bf16 products without wgmma"]
