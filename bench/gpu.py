@@ -1,6 +1,7 @@
 """`make gpu`: everything that only a card can show, in one go, kept in bench/results/<card>/.
 
-    python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 8.5] [--pack FILE] [--leave-out STEP]...
+    python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 8.5] [--case-seconds 2] [--pack FILE]
+                                   [--leave-out STEP]...
 
 Each step writes its own file as soon as it is done and a failure ends that step alone: the next ones run, and the
 summary names what failed. What is right comes before what is fast, and the headline's numbers before the rest, since
@@ -22,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ BENCH = Path(__file__).resolve().parent  # the package may be links to the check
 RESULTS = BENCH / "results"
 WIDE = "wide_resnet50_2"
 MINUTES = 8.5
+CASE_SECONDS = 2.0
+"""For all contenders of a case together, once they are made."""
 MOST_COMPARING = 100.0
 """Seconds for parity at once."""
+MOST_TUNING = 100.0
+RUNS = 3
+"""Of the reference in parity: among the few positions of a coarse map one run's largest error says little."""
 
 
 def card_tests(suite: Suite) -> str:
@@ -115,7 +121,8 @@ def _parity(suite: Suite, name: str, sizes: Sequence[int]) -> str:
         for features, permute_soft in decoders:
             if time.monotonic() > until:
                 break
-            for row in parity.check(parity.random_case(features, permute_soft, device=CARD)):
+            case = parity.random_case(features, permute_soft, device=CARD)
+            for row in parity.check(replace(case, runs=RUNS)):
                 rows.append(row)
             compared += 1
     finally:  # what was compared before a failure is worth having
@@ -181,7 +188,8 @@ def whole_models(suite: Suite) -> str:
 def _measured(
     suite: Suite, name: str, contenders: Any, cases: Any, against: Sequence[str], precisions: Sequence[str]
 ) -> str:
-    session = Session(suite.facts.get("command", "make gpu"), CARD, effort=Effort(seconds=2.0))
+    effort = Effort(seconds=suite.facts.get("case_seconds", CASE_SECONDS))
+    session = Session(suite.facts.get("command", "make gpu"), CARD, effort=effort)
     session.peak_flops = dict(suite.facts.get("roofline", {}).get("matrix", {}))
     entrants, baseline = line_up(contenders, against, precisions)
     left_out = 0
@@ -217,7 +225,7 @@ def tuned(suite: Suite) -> str:
     From here on this process, and those that it starts, launch what was found.
     """
     chip = Chip.of(CARD)
-    until = time.monotonic() + min(60.0, suite.seconds_left - 30)
+    until = time.monotonic() + min(MOST_TUNING, suite.seconds_left - 30)
     found: list[Finding] = []
     try:
         encoders, _, sizes, batches = TUNED
@@ -304,10 +312,18 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="  [default: bench/results/<card>]")
 @click.option("--minutes", type=click.FloatRange(1), default=MINUTES, show_default=True, help="For all of it.")
+@click.option("--case-seconds", type=click.FloatRange(0.1), default=CASE_SECONDS, show_default=True, help="A case's.")
 @click.option("--pack", type=click.Path(path_type=Path, dir_okay=False), help="A .tar.gz of what is in the folder.")
 @click.option("--leave-out", multiple=True, metavar="STEP", help="One of the steps, by its name; any number of times.")
 @click.option("--go-on-from", type=int, default=0, hidden=True)
-def main(output: Path | None, minutes: float, pack: Path | None, leave_out: tuple[str, ...], go_on_from: int) -> None:
+def main(
+    output: Path | None,
+    minutes: float,
+    case_seconds: float,
+    pack: Path | None,
+    leave_out: tuple[str, ...],
+    go_on_from: int,
+) -> None:
     """Check, then measure, on the first CUDA device."""
     if not torch.cuda.is_available():
         raise click.ClickException("there is no CUDA device here; `make aot` says what can be said without one")
@@ -326,7 +342,7 @@ def main(output: Path | None, minutes: float, pack: Path | None, leave_out: tupl
     ends = time.time() + 60 * minutes
     suite = Suite.stored(folder, pack) if go_on_from else Suite(folder, ends, _facts(card), pack=pack)
     if not go_on_from:
-        suite.facts["command"] = _command(minutes, leave_out)
+        suite.facts |= {"command": _command(minutes, case_seconds, leave_out), "case_seconds": case_seconds}
     with watched(suite):
         next_step = _run_steps(suite, go_on_from, leave_out)
     if next_step is not None:
@@ -349,8 +365,9 @@ def _run_steps(suite: Suite, first: int, leave_out: Sequence[str] = ()) -> int |
     return None
 
 
-def _command(minutes: float, leave_out: Sequence[str]) -> str:
+def _command(minutes: float, case_seconds: float, leave_out: Sequence[str]) -> str:
     options = ["--minutes", f"{minutes:g}"] if minutes != MINUTES else []
+    options += ["--case-seconds", f"{case_seconds:g}"] if case_seconds != CASE_SECONDS else []
     options += [word for name in leave_out for word in ("--leave-out", name)]
     return f"make gpu SUITE={shlex.quote(shlex.join(options))}" if options else "make gpu"
 

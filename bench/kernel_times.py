@@ -99,9 +99,7 @@ def _card(name: str, roofline: dict[str, Any] | None) -> Card:
         matrix |= {"tf32": roofline["matrix"]["tf32"], "tf32x3": roofline["matrix"]["tf32"] / 3}
     matrix["ieee"] = roofline["matrix"]["fp32"]
     l2 = min(roofline["l2_shared"], roofline["l2_own"])
-    return Card(
-        name, known.multiprocessors, known.hertz, matrix, roofline["copy"], l2, known.l2_bytes, known.launch_seconds, ()
-    )
+    return replace(known, name=name, matrix=matrix, memory=roofline["copy"], l2=l2, not_measured=())
 
 
 def _timed(lines: list[Headline], device: torch.device, until: float) -> Iterator[Timed]:

@@ -21,7 +21,7 @@ FIRST_SIZES = (64, 512)
 """Of the decoders that are compared with float64 before anything else: one that runs whole in a kernel, one that does
 not."""
 OTHER_SIZES = tuple(features for features in parity.SIZES if features not in FIRST_SIZES)
-TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 32))
+TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 8, 32))
 """What the suite tunes: encoders, precisions, sizes, batches."""
 CONDITION = 128
 WIDE, NARROW = ("wide_resnet50_2",), ("resnet18", "mobilenetv3_large_100")

@@ -1,21 +1,24 @@
 """Choosing by measurement: the engine of `cflow-fast tune` (by prediction: `tune_predicted`).
 
-Every candidate for each kernel that a decoder launches is timed alone, the rule's and the predicted one first; then
-the decoders side by side, and each as a whole through Triton and through the plain path, in a CUDA graph each. What a
-card says comes from a `Timer`, so that everything here runs without one.
+Candidates for each kernel that a decoder launches are timed alone, the rule's and the shipped one first, then those
+that are counted fastest; after that in their place, decoders side by side, where a larger tile that is slower alone may
+leave the others more of the L2 cache; at last each decoder as a whole through Triton and through the plain path, in a
+CUDA graph each. What a card says comes from a `Timer`, so that everything here runs without one.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from cflow_fast.bench.headline import tail_launches
 from cflow_fast.bench.measurement import Ratio
-from cflow_fast.bench.tune_targets import Target, groups_of, most_frequent
+from cflow_fast.bench.prediction import CARDS, l2_bytes, predict_at_least
+from cflow_fast.bench.tune_targets import Target, families_of, most_frequent
 from cflow_fast.errors import CFlowFastError
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
@@ -26,6 +29,16 @@ from cflow_fast.kernels.tuning_table import Choice, DecoderProblem, Entry, Table
 
 TIE = 0.02
 """A configuration has to be faster than the rule's by this share to take its place: tables stay as they are."""
+PATIENCE = 8
+"""Candidates in a row that are no faster than the best so far, until no more of a problem's are timed."""
+LIGHT = 3
+"""Candidates that move least through the L2 cache are timed whatever they are counted."""
+SIDE_BY_SIDE_TIE = 0.005
+"""Decoders side by side have to be faster by this share with another configuration."""
+PASSES = 2
+"""Over all problems of decoders side by side."""
+FARTHEST = 2.5
+"""What takes so many times as long alone is not tried side by side."""
 
 
 class LostCardError(CFlowFastError):
@@ -40,6 +53,9 @@ class Timer(Protocol):
 
     def decoder(self, target: Target, chosen: dict[Problem, Config]) -> Times:
         """Seconds of the whole decoder, its kernels so configured, and of the plain path."""
+
+    def together(self, group: Sequence[Target]) -> Callable[[Mapping[Problem, Config]], float]:
+        """Seconds of decoders side by side, their kernels so configured: to be asked many times."""
 
     def side_by_side(
         self, group: Sequence[Target], standard: dict[Problem, Config], chosen: dict[Problem, Config]
@@ -76,25 +92,25 @@ def choose_by_measurement(
     the square anomaly maps. A problem is left half-tried rather than the time overrun: what was timed counts.
     """
     search = _Search(chip, timer, until, shipped)
-    for group in groups_of(wanted):
-        problems: dict[Target, set[Problem]] = {}
-        for target in group:
-            with tuning.trying({}):
-                launches = target.launches(chip)
-            problems[target] = set(launches)
-            for problem, same in launches.items():
-                if search.is_over:
-                    return
-                yield from search.try_all(
-                    problem, target.label, partial(_decoder_launch, target, chip, most_frequent(same))
-                )
+    for family in families_of(wanted, chip):
+        for group in family:
+            for target in group:
+                for problem, same in search.launches(target).items():
+                    if search.is_over:
+                        return
+                    launch_of = partial(_decoder_launch, target, chip, most_frequent(same))
+                    yield from search.try_all(problem, target.label, launch_of)
         if search.is_over:
             return
-        yield from search.side_by_side(group, sorted(set.union(*problems.values())))
-        for target in group:
+        yield from search.refine(family)
+        for group in family:
             if search.is_over:
                 return
-            yield search.backend(target)
+            yield from search.side_by_side(group)
+            for target in group:
+                if search.is_over:
+                    return
+                yield search.backend(target)
     for batch, scales, size in tails:
         if search.is_over:
             return
@@ -114,11 +130,17 @@ class _Search:
         self.chip, self.timer, self.until = chip, timer, until
         self.shipped = {} if shipped is None else shipped.kernels
         self.seconds: dict[Problem, dict[Config, float]] = {}
+        self.bytes: dict[Problem, dict[Config, float]] = {}
         self.chosen: dict[Problem, Config] = {}
 
     @property
     def is_over(self) -> bool:
         return time.monotonic() > self.until
+
+    def launches(self, target: Target) -> dict[Problem, list[Launch]]:
+        """By the rules."""
+        with tuning.trying({}):
+            return target.launches(self.chip)
 
     def try_all(
         self, problem: Problem, label: str, launch_of: Callable[[Problem, Config], Launch]
@@ -126,23 +148,84 @@ class _Search:
         if problem in self.seconds:
             return
         seconds = self.seconds[problem] = {}
-        first = [rule(problem, self.chip), self._standard(problem)]
-        for config in sorted(candidates(problem, self.chip), key=lambda config: config not in first):
-            if seconds and self.is_over:
+        found = candidates(problem, self.chip)
+        first = [config for config in (rule(problem, self.chip), self._standard(problem)) if config in found]
+        counted = {config: predict_at_least(launch_of(problem, config), CARDS[0]) for config in found}
+        moved = self.bytes[problem] = {config: l2_bytes(launch_of(problem, config), CARDS[0]) for config in found}
+        light = sorted(found, key=lambda config: moved[config])[:LIGHT]
+        in_vain = 0
+        for config in dict.fromkeys([*first, *light, *sorted(found, key=lambda config: counted[config])]):
+            if (seconds and self.is_over) or in_vain == PATIENCE:
                 break
+            least = min(seconds.values(), default=math.inf)
             try:
                 seconds[config] = self.timer.launch(launch_of(problem, config))
             except LostCardError:
                 raise
             except Exception as error:  # out of resources, or whatever a compiler says: the others are worth trying
                 yield Finding(label, note=f"{problem.kernel}: {config} was left out: {_reason(error)}")
+                continue
+            in_vain = 0 if seconds[config] < least or config in light else in_vain + 1
         if seconds:
             best, usual = min(seconds, key=lambda config: seconds[config]), rule(problem, self.chip)
             keeps = usual is not None and usual in seconds and seconds[best] > (1 - TIE) * seconds[usual]
             yield self._choose(problem, usual if keeps and usual else best, label)
 
-    def side_by_side(self, group: Sequence[Target], problems: Sequence[Problem]) -> Iterator[Finding]:
-        """What is fastest alone may take from the decoders beside it more than it gains: then it is given back."""
+    def refine(self, family: Sequence[Sequence[Target]]) -> Iterator[Finding]:
+        """Other configurations in their place, one after another: what makes decoders side by side faster is taken.
+
+        A problem of several sets of decoders is settled for all of them, by the product of their times.
+        """
+        sets = [_Set(group, self.timer.together(group), self._problems(group)) for group in family if len(group) > 1]
+        try:
+            for one in sets:
+                one.seconds = one.time(self._configs(one.problems))
+        except LostCardError:
+            raise
+        except Exception as error:
+            yield Finding(family[0][0].label, note=f"decoders were not timed side by side: {_reason(error)}")
+            return
+        for _ in range(PASSES if sets else 0):
+            before = dict(self.chosen)
+            for problem in sorted({problem for one in sets for problem in one.problems}):
+                users = [one for one in sets if problem in one.problems]
+                for config in self._alternatives(problem):
+                    if self.is_over:
+                        return
+                    if self._is_faster_with(problem, config, users):
+                        label = users[0].group[0].beside
+                        yield self._choose(problem, config, label)
+            if self.chosen == before:
+                break
+
+    def _is_faster_with(self, problem: Problem, config: Config, users: Sequence[_Set]) -> bool:
+        """Whether decoders are, which are then timed anew."""
+        try:
+            seconds = [one.time(self._configs(one.problems) | {problem: config}) for one in users]
+        except LostCardError:
+            raise
+        except Exception:  # a launch of few, which the one that was timed alone stands for, asks for too much
+            return False
+        gained = sum(math.log(one.seconds / now) for one, now in zip(users, seconds, strict=True))
+        if gained <= SIDE_BY_SIDE_TIE * len(users):
+            return False
+        for one, now in zip(users, seconds, strict=True):
+            one.seconds = now
+        return True
+
+    def _alternatives(self, problem: Problem) -> list[Config]:
+        """Those that none of the timed ones beats both alone and in what it moves, the fastest first."""
+        seconds, moved = self.seconds.get(problem, {}), self.bytes.get(problem, {})
+        found: list[Config] = []
+        for config in sorted(seconds, key=lambda config: (seconds[config], moved[config])):
+            lighter = not found or moved[config] < min(moved[other] for other in found)
+            if lighter and seconds[config] <= FARTHEST * min(seconds.values()):
+                found.append(config)
+        return [config for config in found if config != self.chosen.get(problem)]
+
+    def side_by_side(self, group: Sequence[Target]) -> Iterator[Finding]:
+        """Beside what was launched before anything was measured: where that is faster, it is returned to."""
+        problems = self._problems(group)
         standard = {problem: self._standard(problem) for problem in problems}
         changed = {p: self.chosen[p] for p in problems if p in self.chosen and self.chosen[p] != standard[p]}
         if not changed:
@@ -185,6 +268,23 @@ class _Search:
         """What is launched before anything is measured."""
         expected = self.shipped.get(problem)
         return expected.config if expected else rule(problem, self.chip)
+
+    def _configs(self, problems: Sequence[Problem]) -> dict[Problem, Config]:
+        found = {problem: self.chosen.get(problem) or self._standard(problem) for problem in problems}
+        return {problem: config for problem, config in found.items() if config}
+
+    def _problems(self, group: Sequence[Target]) -> list[Problem]:
+        return sorted({problem for target in group for problem in self.launches(target)})
+
+
+@dataclass
+class _Set:
+    """Decoders that run side by side."""
+
+    group: Sequence[Target]
+    time: Callable[[Mapping[Problem, Config]], float]
+    problems: list[Problem]
+    seconds: float = math.inf
 
 
 def _decoder_launch(target: Target, chip: Chip, place: int, problem: Problem, config: Config) -> Launch:

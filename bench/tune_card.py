@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast.bench.kernel_times import captured, launch_seconds, on_device
-from cflow_fast.bench.measurement import Effort, Ratio, Run, Track, clock, ratio_of, take_turns
+from cflow_fast.bench.measurement import Clock, Effort, Ratio, Run, Track, clock, ratio_of, take_turns
 from cflow_fast.bench.tune import LostCardError, Times
 from cflow_fast.bench.tune_targets import Target
 from cflow_fast.kernels import tuning
@@ -26,8 +26,10 @@ from cflow_fast.kernels.triton_flow import TritonFlow
 from cflow_fast.kernels.weights import FlowWeights, HardMixing
 from cflow_fast.positional import encoding_factors
 
-EFFORT = Effort(seconds=0.6, target=0.02)
+EFFORT = Effort(seconds=0.3, target=0.02)
 """For one decoder both ways."""
+ROUNDS, LEAST_TIMED, MOST_RUNS = 5, 4e-3, 20
+"""Of decoders side by side: how often they are timed, seconds at least and runs at most at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class CardTimer:
     def decoder(self, target: Target, chosen: dict[Problem, Config]) -> Times:
         with self._watched():
             return self._decoder(target, chosen)
+
+    def together(self, group: Sequence[Target]) -> Callable[[Mapping[Problem, Config]], float]:
+        calls = self._calls(group)
+
+        def seconds(chosen: Mapping[Problem, Config]) -> float:
+            with self._watched(), tuning.trying(chosen), torch.no_grad():
+                replay = captured(partial(side_by_side, calls, self.device), self.device)
+                return _least_seconds(replay, clock(self.device))
+
+        return seconds
 
     def side_by_side(
         self, group: Sequence[Target], standard: dict[Problem, Config], chosen: dict[Problem, Config]
@@ -77,13 +89,15 @@ class CardTimer:
     def _side_by_side(
         self, group: Sequence[Target], standard: dict[Problem, Config], chosen: dict[Problem, Config]
     ) -> Ratio:
-        flows = [TritonFlow(filled(target.weights(), self.device), target.precision) for target in group]
-        calls = [_call(flow, target, self._maps(target)) for flow, target in zip(flows, group, strict=True)]
-        runs = []
+        calls, runs = self._calls(group), []
         for configs in (standard, chosen):
             with tuning.trying(configs), torch.no_grad():
                 runs.append(captured(partial(side_by_side, calls, self.device), self.device))
         return ratio_of(*self._take_turns(runs))
+
+    def _calls(self, group: Sequence[Target]) -> list[Callable[[], Tensor]]:
+        flows = [TritonFlow(filled(target.weights(), self.device), target.precision) for target in group]
+        return [_call(flow, target, self._maps(target)) for flow, target in zip(flows, group, strict=True)]
 
     def _maps(self, target: Target) -> Tensor:
         maps = 1.3 * torch.randn(target.maps().shape, device=self.device)
@@ -96,6 +110,18 @@ class CardTimer:
             if track.error is not None:
                 raise track.error
         return first.seconds, second.seconds
+
+
+def _least_seconds(run: Run, seconds_of: Clock) -> float:
+    """Of a run among others like it, which is what a difference shows in first."""
+
+    def several() -> None:
+        for _ in range(count):
+            run()
+
+    run()
+    count = max(1, min(MOST_RUNS, round(LEAST_TIMED / seconds_of(run))))
+    return min(seconds_of(several) for _ in range(ROUNDS)) / count
 
 
 def _call(flow: Flow, target: Target, maps: Tensor) -> Callable[[], Tensor]:

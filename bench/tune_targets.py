@@ -144,6 +144,20 @@ def groups_of(wanted: Sequence[Target]) -> list[list[Target]]:
     return list(groups.values())
 
 
+def families_of(wanted: Sequence[Target], chip: Chip) -> list[list[list[Target]]]:
+    """Groups of which one shares a problem with another, together: what is chosen for it is chosen for both."""
+    families: list[tuple[set[Problem], list[list[Target]]]] = []
+    for group in groups_of(wanted):
+        with tuning.trying({}):
+            problems = {problem for target in group for problem in target.launches(chip)}
+        related = [family for family in families if family[0] & problems]
+        merged = (problems.union(*(p for p, _ in related)), [g for _, groups in related for g in groups] + [group])
+        place = families.index(related[0]) if related else len(families)
+        families = [family for family in families if family not in related]
+        families.insert(place, merged)
+    return [groups for _, groups in families]
+
+
 def problem_of(launch: Launch) -> Problem | None:
     """What the configuration of a launch was chosen by, in buckets of rows; None where nothing is chosen."""
     args, c = launch.args, launch.constexprs
@@ -170,13 +184,17 @@ def most_frequent(launches: Sequence[Launch]) -> int:
 
 
 def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]:
-    """All that measuring launches of kernels alone: to be compiled beforehand."""
+    """All that measuring launches: to be compiled beforehand. First what is launched alone, then what stands beside it
+    when decoders run side by side."""
     seen: set[Problem] = set()
+    others: list[Launch] = []
     for target in wanted:
         places: dict[Problem, int] = {}
         for trial in trials(target, chip, seen):
             for problem, launches in trial.items():
                 yield launches[places.setdefault(problem, most_frequent(launches))]
+                others += launches
+    yield from others
 
 
 def trials(target: Target, chip: Chip, seen: set[Problem]) -> Iterator[dict[Problem, list[Launch]]]:

@@ -137,7 +137,10 @@ Tile = tuple[int, int, int, int, int]
 """Rows, outputs, inputs a step, warps, stages; of a coupling layer the outputs are columns of s and of t together."""
 
 _TILES: dict[tuple[str, bool], list[Tile]] = {
-    ("bf16", True): [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)],
+    ("bf16", True): [
+        *((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)),
+        *((64, 32, 128, 4, 4), (64, 16, 128, 4, 6)),
+    ],
     ("bf16", False): [(128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)],
     ("tf32", True): [(128, 256, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4)],
     ("tf32", False): [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
@@ -150,6 +153,8 @@ _TILES: dict[tuple[str, bool], list[Tile]] = {
 
 MAX_SPLITS = 4
 """Sums of more splits cost more traffic than they save time."""
+LEAST_SPLIT = 16
+"""Steps of a product that is split: until the sums of fewer have come together (bench/prediction) it would be done."""
 
 BUSY = 0.45
 """Share of the multiprocessors that must have a tile before a larger one, with less traffic from L2, is preferred."""
@@ -193,6 +198,8 @@ def _select(tiles: list[Tile], rows: int, inputs: int, outputs: int, chip: Chip)
     if tile != tiles[-1]:
         return tile, 1
     steps = triton.cdiv(inputs, tile[2])
+    if steps < LEAST_SPLIT:
+        return tile, 1
     splits = min(MAX_SPLITS, steps, max(1, round(0.75 * chip.multiprocessors / count(tile))))
     return tile, triton.cdiv(steps, triton.cdiv(steps, splits))
 
@@ -322,7 +329,7 @@ TAIL_PRECISION = "fp32"
 _MORE_TILES: dict[tuple[str, bool], list[Tile]] = {
     ("bf16", True): [
         *((128, 256, 64, 8, 4), (64, 256, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 4)),
-        *((64, 64, 128, 4, 3), (64, 32, 128, 4, 4), (32, 64, 128, 4, 3)),
+        *((64, 64, 128, 4, 3), (64, 64, 128, 4, 5), (64, 32, 128, 4, 6), (64, 16, 128, 4, 4), (32, 64, 128, 4, 3)),
     ],
     ("tf32", True): [(128, 64, 32, 4, 4), (64, 128, 32, 4, 4)],
     ("tf32x3", True): [(128, 64, 32, 4, 3), (64, 128, 32, 4, 3)],

@@ -26,7 +26,6 @@ from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
     arrives_last,
-    fetch_rows,
     leave_split,
     locate,
     row_offsets,
@@ -212,13 +211,6 @@ def coupling_kernel(
     row_tiles, out_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(half, BLOCK_OUT)
     split_inputs = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
     step = tl.arange(0, BLOCK_K)
-    if EARLY:
-        split, row_tile, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
-        if row_tile == 0:  # the others want the same
-            first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
-            s_row = tl.minimum(out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT), half - 1) * inputs
-            fetch_rows(w_ptr, s_row, first, end, 8)
-            fetch_rows(w_ptr + half * inputs, s_row, first, end, 8)
     wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)

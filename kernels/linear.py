@@ -29,7 +29,6 @@ from cflow_fast.kernels.launch import Launch, Scratch
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
     arrives_last,
-    fetch_rows,
     leave_split,
     locate,
     row_offsets,
@@ -214,13 +213,6 @@ def linear_kernel(
         out_tiles += tl.cdiv(outputs - y_outputs, BLOCK_OUT)
     split_inputs = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
     step = tl.arange(0, BLOCK_K)
-    if EARLY:
-        split, row_tile, out_tile = locate(tl.program_id(0), row_tiles, out_tiles, SPLIT_K, GROUP)
-        if row_tile == 0:  # the others want the same
-            first, end = split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs)
-            first_column, _, _ = _columns(out_tile, y_tiles, y_outputs, outputs, HAS_V, BLOCK_OUT)
-            w_row = tl.minimum(first_column + tl.arange(0, BLOCK_OUT), outputs - 1) * inputs
-            fetch_rows(w_ptr, w_row, first, end, 8)
     wait_for_earlier(EARLY)
     for unit in tl.range(tl.program_id(0), row_tiles * out_tiles * SPLIT_K, tl.num_programs(0)):
         split, row_tile, out_tile = locate(unit, row_tiles, out_tiles, SPLIT_K, GROUP)

@@ -1,9 +1,9 @@
 """What the matrix-product kernels share: the tile of a program, where rows lie, how split sums come together; and how
 a launch begins before the one that it waits for has ended.
 
-Of few rows a decoder is a chain of launches of a few microseconds each, a good part of which goes by until a program
-has its first weights. EARLY: programs begin as soon as there is room for them, fetch their weights to L2, which nobody
-writes, and only then wait until all that was launched before is done (programmatic dependent launch, Hopper on).
+Of few rows a decoder is a chain of launches of a few microseconds each. EARLY: programs begin as soon as there is room
+for them and wait where they would read: half a microsecond from one launch to the next instead of one (programmatic
+dependent launch, Hopper on). Fetching weights to L2 meanwhile made decoders slower: what is read now queues behind it.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
@@ -50,19 +50,6 @@ def wait_for_earlier(EARLY: tl.constexpr):
     if EARLY and not INTERPRET:
         gdc_launch_dependents()
         gdc_wait()
-
-
-@triton.jit
-def fetch_rows(w_ptr, row, first, end, LINES: tl.constexpr):
-    """Have L2 fetch elements `first` to `end` of rows that begin at `row`; whole lines, any of them more than once."""
-    if not INTERPRET:
-        line: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        for start in range(first, end, LINES * line):
-            element = tl.minimum(start + tl.arange(0, LINES) * line, end - 1)
-            place = (w_ptr + row[:, None] + element[None, :]).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [place], tl.int32, is_pure=False, pack=1
-            )
 
 
 @triton.jit

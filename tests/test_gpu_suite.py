@@ -130,9 +130,10 @@ def test_steps_can_be_left_out_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     steps = (("first", lambda suite: "fine"), ("slow one", pytest.fail), ("third", lambda suite: "fine"))
     monkeypatch.setattr(gpu, "STEPS", steps)
     monkeypatch.setattr(gpu, "_card_answers", lambda: True)
-    assert CliRunner().invoke(gpu.main, ["--minutes", "4", "--leave-out", "slow one"]).exit_code == 0
+    options = ["--minutes", "4", "--case-seconds", "0.5", "--leave-out", "slow one"]
+    assert CliRunner().invoke(gpu.main, options).exit_code == 0
     summary = (tmp_path / "results/nvidia-h100-80gb-hbm3/summary.md").read_text()
-    assert summary.splitlines()[2].startswith("`make gpu SUITE='--minutes 4 --leave-out ")
+    assert summary.splitlines()[2].startswith("`make gpu SUITE='--minutes 4 --case-seconds 0.5 --leave-out ")
     assert [line for line in summary.splitlines() if line.startswith("## ")] == ["## first", "## third"]
     result = CliRunner().invoke(gpu.main, ["--leave-out", "fourth"])
     assert result.exit_code == 2

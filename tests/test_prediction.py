@@ -9,7 +9,16 @@ import pytest
 from cflow_fast.bench import aot
 from cflow_fast.bench.compiled import Compiled, Loop, disassembled, matrix_loops
 from cflow_fast.bench.headline import PRECISIONS, Headline, headlines, tail_launches
-from cflow_fast.bench.prediction import CARDS, Card, Prediction, predict, predict_together, residents
+from cflow_fast.bench.prediction import (
+    CARDS,
+    Card,
+    Prediction,
+    l2_bytes,
+    predict,
+    predict_at_least,
+    predict_together,
+    residents,
+)
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 
@@ -70,6 +79,18 @@ def test_splitting_a_sum_makes_more_units_of_fewer_steps_and_more_traffic() -> N
     assert split.units == 4 * whole.units
     assert split.steps * 4 == whole.steps
     assert split.unit_bytes > whole.unit_bytes
+    parts = with_tile(product(), SPLIT_K=4)
+    free = replace(H100, split_seconds=0.0)
+    waiting = pytest.approx(H100.split_seconds)
+    assert predict(parts, CODE, H100).seconds - predict(parts, CODE, free).seconds == waiting
+    assert predict_at_least(parts, H100) - predict_at_least(parts, free) == waiting
+
+
+def test_what_a_launch_moves_is_what_its_tiles_pull_and_push() -> None:
+    launch = with_tile(product(), BLOCK_ROWS=64, BLOCK_OUT=64, BLOCK_K=64, SPLIT_K=1)
+    rows, inputs, outputs = (launch.args[name] for name in ("rows", "inputs", "outputs"))
+    tiles = -(-rows // 64) * -(-outputs // 64)
+    assert l2_bytes(launch, H100) == tiles * (128 * inputs + 64 * 64) * launch.args["w_ptr"].element_size()
 
 
 def test_twice_the_images_take_twice_as_long_once_the_card_is_full() -> None:

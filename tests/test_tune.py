@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,23 @@ from cflow_fast.bench.compiled import Compiled, Loop
 from cflow_fast.bench.gpu import Suite
 from cflow_fast.bench.measurement import Effort, Ratio
 from cflow_fast.bench.plain_floor import plain_at_least
-from cflow_fast.bench.prediction import CARDS, predict, predict_at_least, predict_together
-from cflow_fast.bench.tune import TIE, Finding, LostCardError, Times, choose_by_measurement, in_words, table_of
+from cflow_fast.bench.prediction import CARDS, l2_bytes, predict, predict_at_least, predict_together
+from cflow_fast.bench.tune import (
+    LIGHT,
+    PATIENCE,
+    TIE,
+    Finding,
+    LostCardError,
+    Times,
+    choose_by_measurement,
+    in_words,
+    table_of,
+)
 from cflow_fast.bench.tune_predicted import choose_by_prediction, outdated
 from cflow_fast.bench.tune_targets import (
     Target,
     candidate_launches,
+    families_of,
     model_targets,
     targets,
     trials,
@@ -63,9 +74,10 @@ class StubTimer:
         self,
         times: Times = EVEN,
         slow: Callable[[Launch], float] = lambda launch: 10e-6,
-        together: Ratio = Ratio(1.1, 1.05, 1.2),  # noqa: B008
+        faster: Ratio = Ratio(1.1, 1.05, 1.2),  # noqa: B008
+        in_place: Callable[[Sequence[Target], Mapping[Problem, Config]], float] = lambda group, chosen: 1e-4,
     ) -> None:
-        self.times, self.slow, self.together = times, slow, together
+        self.times, self.slow, self.faster, self.in_place = times, slow, faster, in_place
         self.compared: list[tuple[dict[Problem, Config], dict[Problem, Config]]] = []
         self.launched: list[Launch] = []
         self.decoders: list[dict[Problem, Config]] = []
@@ -78,11 +90,14 @@ class StubTimer:
         self.decoders.append(chosen)
         return self.times
 
+    def together(self, group: Sequence[Target]) -> Callable[[Mapping[Problem, Config]], float]:
+        return lambda chosen: self.in_place(group, chosen)
+
     def side_by_side(
         self, group: Sequence[Target], standard: dict[Problem, Config], chosen: dict[Problem, Config]
     ) -> Ratio:
         self.compared.append((dict(standard), dict(chosen)))
-        return self.together
+        return self.faster
 
 
 def measured(timer: StubTimer, *wanted: Target, minutes: float = 1.0, **options: object) -> list[Finding]:
@@ -90,8 +105,9 @@ def measured(timer: StubTimer, *wanted: Target, minutes: float = 1.0, **options:
     return list(choose_by_measurement(wanted or (WIDE,), CHIP, timer, until, **options))  # type: ignore[arg-type]
 
 
-def split(launch: Launch) -> int:
-    return launch.constexprs.get("SPLIT_K", 0)
+def is_other(launch: Launch) -> bool:
+    """Whether it takes fewer inputs a step than the rule has WIDE's products take: among the first that are tried."""
+    return launch.constexprs.get("BLOCK_K", 0) == 64
 
 
 def test_headline_targets_are_the_encoders_decoders() -> None:
@@ -149,22 +165,21 @@ def test_what_will_be_measured_is_what_can_be_compiled_beforehand() -> None:
 
 
 def test_the_fastest_candidate_is_taken_where_it_is_clearly_faster() -> None:
-    timer = StubTimer(slow=lambda launch: 5e-6 if split(launch) == 2 else 10e-6)
+    timer = StubTimer(slow=lambda launch: 5e-6 if is_other(launch) else 10e-6)
     table = table_of(measured(timer), CHIP.name, 132, {})
     linear = {p: e for p, e in table.kernels.items() if p.kernel == "linear"}
     assert linear
     for problem, entry in linear.items():
-        if any(config.split_k == 2 for config in candidates(problem, CHIP)):  # type: ignore[union-attr]
-            assert entry.config.split_k == 2  # type: ignore[union-attr]
-            assert (entry.source, entry.measured_us) == ("measured", 5.0)
+        assert entry.config.block_k == 64  # type: ignore[union-attr]
+        assert (entry.source, entry.measured_us) == ("measured", 5.0), problem
     assert timer.decoders[-1] == {p: e.config for p, e in table.kernels.items()}, "the decoder is timed as chosen"
 
 
 @pytest.mark.parametrize(
-    ("together", "given_back"), [(Ratio(0.9, 0.85, 0.95), True), (Ratio(0.99, 0.97, 1.01), False)], ids=str
+    ("faster", "given_back"), [(Ratio(0.9, 0.85, 0.95), True), (Ratio(0.99, 0.97, 1.01), False)], ids=str
 )
-def test_what_makes_decoders_side_by_side_slower_is_given_back(together: Ratio, given_back: bool) -> None:
-    timer = StubTimer(slow=lambda launch: 5e-6 if split(launch) == 2 else 10e-6, together=together)
+def test_what_makes_decoders_side_by_side_slower_is_given_back(faster: Ratio, given_back: bool) -> None:
+    timer = StubTimer(slow=lambda launch: 5e-6 if is_other(launch) else 10e-6, faster=faster)
     found = measured(timer)
     table = table_of(found, CHIP.name, 132, {})
     (standard, chosen), *others = timer.compared
@@ -179,7 +194,7 @@ def test_what_makes_decoders_side_by_side_slower_is_given_back(together: Ratio, 
 def test_a_tie_keeps_the_rules_choice() -> None:
     with tuning.trying({}):
         usual = {p: rule(p, CHIP) for p in WIDE.launches(CHIP)}
-    timer = StubTimer(slow=lambda launch: (1 - TIE / 2) * 10e-6 if split(launch) == 2 else 10e-6)
+    timer = StubTimer(slow=lambda launch: (1 - TIE / 2) * 10e-6 if is_other(launch) else 10e-6)
     table = table_of(measured(timer), CHIP.name, 132, {})
     assert {p: e.config for p, e in table.kernels.items()} == usual
 
@@ -197,7 +212,7 @@ def test_the_rules_and_the_predicted_choice_are_timed_first_and_stand_beside_eac
 
 def test_a_candidate_that_raises_is_left_out_and_told() -> None:
     def out_of_resources(launch: Launch) -> float:
-        if split(launch) == 2:
+        if is_other(launch):
             raise RuntimeError("out of resource: shared memory, Required: 262144\nmore")
         return 10e-6
 
@@ -207,6 +222,110 @@ def test_a_candidate_that_raises_is_left_out_and_told() -> None:
     assert all(note.endswith("left out: out of resource: shared memory, Required: 262144") for note in notes)
     kernels = [finding.kernel for finding in found if finding.kernel]
     assert len(kernels) == len({problem for problem, _ in kernels}) > 2
+
+
+def test_no_more_candidates_are_timed_when_none_of_the_last_was_faster() -> None:
+    timer = StubTimer()
+    measured(timer)
+    with tuning.trying({}):
+        problems = list(WIDE.launches(CHIP))
+    assert len(timer.launched) <= len(problems) * (2 + LIGHT + PATIENCE)
+    assert len(timer.launched) < sum(len(candidates(problem, CHIP)) for problem in problems)
+    falling = iter(range(10**6, 0, -1))
+    timer = StubTimer(slow=lambda launch: next(falling) * 1e-11)
+    measured(timer)
+    assert len(timer.launched) == sum(len(candidates(problem, CHIP)) for problem in problems), "the last was the best"
+
+
+def test_what_moves_least_is_timed_whatever_it_is_counted() -> None:
+    timer = StubTimer()
+    measured(timer)
+    with tuning.trying({}):
+        launches = WIDE.launches(CHIP)
+    for problem in launches:
+        moved = []
+        for config in candidates(problem, CHIP):
+            with tuning.trying({problem: config}):
+                moved.append(l2_bytes(WIDE.launches(CHIP)[problem][0], H100))
+        tried = [l2_bytes(launch, H100) for launch in timer.launched if launch.kernel is launches[problem][0].kernel]
+        assert min(moved) in tried
+
+
+BESIDE = [replace(WIDE, beside="soft"), replace(WIDE, features=384, beside="soft")]
+
+
+def lighter(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+    """Faster with every problem that takes 64 inputs a step."""
+    return 1e-4 * 0.9 ** sum(config.block_k == 64 for config in chosen.values())  # type: ignore[union-attr]
+
+
+def alone(launch: Launch) -> float:
+    """Slower alone, but no more than is tried side by side."""
+    return 11e-6 if is_other(launch) else 10e-6
+
+
+def test_what_is_slower_alone_is_taken_where_decoders_side_by_side_are_faster() -> None:
+    timer = StubTimer(slow=alone, in_place=lighter)
+    table = table_of(measured(timer, *BESIDE), CHIP.name, 132, {})
+    assert table.kernels
+    for entry in table.kernels.values():
+        assert entry.config.block_k == 64  # type: ignore[union-attr]
+        assert entry.measured_us == 11.0
+    usual = table_of(measured(StubTimer(slow=alone), *BESIDE), CHIP.name, 132, {})
+    assert all(entry.config.block_k == 128 for entry in usual.kernels.values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("loses", "taken"), [(1.05, True), (1.2, False)])
+def test_a_problem_of_two_sets_of_decoders_is_settled_for_both(loses: float, taken: bool) -> None:
+    def in_place(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        factor = 0.9 if group[0].beside == "soft" else loses
+        return 1e-4 * factor ** sum(config.block_k == 64 for config in chosen.values())  # type: ignore[union-attr]
+
+    hard = [replace(target, permutations="hard", beside="hard") for target in BESIDE]
+    table = table_of(measured(StubTimer(slow=alone, in_place=in_place), *BESIDE, *hard), CHIP.name, 132, {})
+    with tuning.trying({}):
+        shared = {problem for target in hard for problem in target.launches(CHIP)}
+    assert shared < set(table.kernels)
+    for problem, entry in table.kernels.items():
+        assert (entry.config.block_k == 64) == (taken or problem not in shared)  # type: ignore[union-attr]
+
+
+def test_sets_of_decoders_that_share_a_problem_are_one_family() -> None:
+    soft, hard = BESIDE, [replace(target, permutations="hard", beside="hard") for target in BESIDE]
+    other = [replace(target, batch=64, beside="many") for target in BESIDE]
+    assert families_of([*soft, *other, *hard], CHIP) == [[soft, hard], [other]]
+
+
+def test_a_configuration_that_fails_side_by_side_is_passed_over() -> None:
+    def fails(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        if any(config.block_k == 64 for config in chosen.values()):  # type: ignore[union-attr]
+            raise RuntimeError("out of resource")
+        return 1e-4
+
+    table = table_of(measured(StubTimer(slow=alone, in_place=fails), *BESIDE), CHIP.name, 132, {})
+    assert all(entry.config.block_k == 128 for entry in table.kernels.values())  # type: ignore[union-attr]
+    assert len(table.decoders) == len(BESIDE)
+
+
+def test_decoders_that_cannot_be_timed_side_by_side_keep_what_is_fastest_alone() -> None:
+    def fails(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        raise RuntimeError("CUDA out of memory")
+
+    found = measured(StubTimer(slow=alone, in_place=fails), *BESIDE)
+    assert any(finding.note.endswith("were not timed side by side: CUDA out of memory") for finding in found)
+    assert len(table_of(found, CHIP.name, 132, {}).decoders) == len(BESIDE)
+
+
+def test_the_least_of_several_runs_counts() -> None:
+    times = iter([1e-3, *[n * 4e-3 for n in (7, 5, 6, 8, 9)]])
+    runs = []
+
+    def clock(run: Callable[[], object]) -> float:
+        run()
+        return next(times)
+
+    assert tune_card._least_seconds(lambda: runs.append(1), clock) == pytest.approx(5e-3)
+    assert len(runs) == 1 + 1 + 5 * 4, "once to warm up, once to see how long it takes, then four at a time"
 
 
 def test_a_problem_none_of_whose_candidates_runs_has_no_entry() -> None:
@@ -298,8 +417,8 @@ SLOW = replace(CODE, instructions=9700, loops=(Loop(9000, 0, 4, 0, 0),))
 
 
 def code_of(launch: Launch) -> Compiled:
-    """Three splits, which the rule takes for some of WIDE's products, make slow code here."""
-    return SLOW if split(launch) == 3 else CODE
+    """The tiles that the rule takes for WIDE's products make slow code here."""
+    return SLOW if launch.options.get("num_stages") == 6 else CODE
 
 
 def machine_code(kernels: Sequence[Kernel], faulty: Callable[[Kernel], bool] = lambda kernel: False) -> list[Compiled]:
@@ -340,14 +459,14 @@ def test_no_candidate_is_predicted_under_the_bound_that_spares_its_compilation()
 
 def test_what_must_not_ship_is_not_chosen() -> None:
     free = choose_by_prediction(H100, [WIDE], machine_code)
-    usual = {rule(problem, Chip()).split_k for problem in free.kernels}  # type: ignore[union-attr]
-    banned = max({entry.config.split_k for entry in free.kernels.values()} - usual)  # type: ignore[union-attr]
+    usual = {rule(problem, Chip()).stages for problem in free.kernels}  # type: ignore[union-attr]
+    banned = max({entry.config.stages for entry in free.kernels.values()} - usual)  # type: ignore[union-attr]
 
     def without(kernels: Sequence[Kernel]) -> list[Compiled]:
-        return machine_code(kernels, lambda kernel: split(kernel.launch) == banned)
+        return machine_code(kernels, lambda kernel: kernel.launch.options.get("num_stages") == banned)
 
     table = choose_by_prediction(H100, [WIDE], without)
-    assert all(e.config.split_k != banned for e in table.kernels.values())  # type: ignore[union-attr]
+    assert all(entry.config.stages != banned for entry in table.kernels.values())  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="must not ship"):
         choose_by_prediction(H100, [WIDE], lambda kernels: machine_code(kernels, lambda kernel: True))
 
@@ -357,7 +476,7 @@ def test_a_fault_in_another_decoder_returns_to_the_rule() -> None:
     other = replace(WIDE, height=4, width=16)
 
     def with_fault(kernels: Sequence[Kernel]) -> list[Compiled]:
-        return machine_code(kernels, lambda k: k.launch.constexprs.get("LINE") == 16 and split(k.launch) < 3)
+        return machine_code(kernels, lambda k: k.launch.constexprs.get("LINE") == 16 and code_of(k.launch) is CODE)
 
     alone, both = (choose_by_prediction(H100, wanted, with_fault) for wanted in ([WIDE], [WIDE, other]))
     returned = {problem for problem in alone.kernels if alone.kernels[problem] != both.kernels[problem]}
