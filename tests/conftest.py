@@ -15,7 +15,7 @@ import torch
 from compiled_code import With, stale_empty
 from tiny import calibrated_model, save_image, texture
 
-from cflow_fast.kernels import cpu_flow, cpu_library, cpu_map
+from cflow_fast.kernels import cpu_flow, cpu_library, cpu_map, tuning
 from cflow_fast.model import CFlowAD
 
 GOOD_IMAGES = 12
@@ -69,3 +69,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tuning_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A card's own table goes nowhere else, and none is there."""
+    monkeypatch.setenv("CFLOW_FAST_CACHE", str(tmp_path / "cache"))
+    tuning.forget()
+    yield tuning.cache_path("Some Card")
+    tuning.forget()

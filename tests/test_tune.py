@@ -1,39 +1,41 @@
-"""Choosing configurations without a card: by stubbed times, by predictions of stubbed machine code, and the command."""
+"""Choosing configurations by measurement, without a card: by stubbed times."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from cli import run
 from tiny import tiny_model
+from tuning_stubs import (
+    CHIP,
+    EVEN,
+    H100,
+    NARROW,
+    PLAIN_FASTER,
+    TRITON_FASTER,
+    WIDE,
+    StubTimer,
+    is_other,
+    measured,
+)
 
-from cflow_fast.bench import gpu, tune_card, tune_predicted, warm
-from cflow_fast.bench.aot import Kernel
+from cflow_fast.bench import tune_card
 from cflow_fast.bench.cases import ENCODERS, HEADLINE_ENCODERS
-from cflow_fast.bench.compiled import Compiled, Loop
-from cflow_fast.bench.gpu import Suite
 from cflow_fast.bench.measurement import Effort, Ratio
-from cflow_fast.bench.plain_floor import plain_at_least
-from cflow_fast.bench.prediction import CARDS, l2_bytes, predict, predict_at_least, predict_together
+from cflow_fast.bench.prediction import l2_bytes
 from cflow_fast.bench.tune import (
     LIGHT,
     PATIENCE,
     TIE,
-    Finding,
     LostCardError,
     Times,
     choose_by_measurement,
-    in_words,
     table_of,
 )
-from cflow_fast.bench.tune_predicted import choose_by_prediction, outdated
 from cflow_fast.bench.tune_targets import (
     Target,
     candidate_launches,
@@ -42,72 +44,14 @@ from cflow_fast.bench.tune_targets import (
     targets,
     trials,
 )
-from cflow_fast.bench.tune_together import Decoder, Load, choose_together
-from cflow_fast.cli.tune import PREDICTED_CARDS
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import Config, LinearConfig, Problem, candidates, rule
+from cflow_fast.kernels.configs import Config, Problem, candidates, rule
 from cflow_fast.kernels.launch import Launch
-from cflow_fast.kernels.tuning_table import Choice, DecoderProblem, Entry, Table, read_table
+from cflow_fast.kernels.tuning_table import Choice, DecoderProblem, Entry, Table
 from cflow_fast.kernels.weights import SoftMixing
 
-CHIP = Chip((9, 0), 132, "Some Card")
-H100 = CARDS[0]
-WIDE = Target(320, 8, 8, 1, "soft", "bf16", blocks=3)
-NARROW = Target(64, 16, 16, 2, "hard", "ieee", condition=8, blocks=2)
-CODE = Compiled(128, 65536, 0, 700, (Loop(100, 0, 4, 0, 0),), False)
-EVEN = Times(50e-6, 50e-6, Ratio(1.0, 0.98, 1.02))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("CFLOW_FAST_CACHE", str(tmp_path / "cache"))
-    tuning.forget()
-    yield tuning.cache_path(CHIP.name)
-    tuning.forget()
-
-
-class StubTimer:
-    """Every launch takes 10 us, but for those of the configurations that `seconds` names."""
-
-    def __init__(
-        self,
-        times: Times = EVEN,
-        slow: Callable[[Launch], float] = lambda launch: 10e-6,
-        faster: Ratio = Ratio(1.1, 1.05, 1.2),  # noqa: B008
-        in_place: Callable[[Sequence[Target], Mapping[Problem, Config]], float] = lambda group, chosen: 1e-4,
-    ) -> None:
-        self.times, self.slow, self.faster, self.in_place = times, slow, faster, in_place
-        self.compared: list[tuple[dict[Problem, Config], dict[Problem, Config]]] = []
-        self.launched: list[Launch] = []
-        self.decoders: list[dict[Problem, Config]] = []
-
-    def launch(self, launch: Launch) -> float:
-        self.launched.append(launch)
-        return self.slow(launch)
-
-    def decoder(self, target: Target, chosen: dict[Problem, Config]) -> Times:
-        self.decoders.append(chosen)
-        return self.times
-
-    def together(self, group: Sequence[Target]) -> Callable[[Mapping[Problem, Config]], float]:
-        return lambda chosen: self.in_place(group, chosen)
-
-    def side_by_side(
-        self, group: Sequence[Target], standard: dict[Problem, Config], chosen: dict[Problem, Config]
-    ) -> Ratio:
-        self.compared.append((dict(standard), dict(chosen)))
-        return self.faster
-
-
-def measured(timer: StubTimer, *wanted: Target, minutes: float = 1.0, **options: object) -> list[Finding]:
-    until = time.monotonic() + 60 * minutes
-    return list(choose_by_measurement(wanted or (WIDE,), CHIP, timer, until, **options))  # type: ignore[arg-type]
-
-
-def is_other(launch: Launch) -> bool:
-    """Whether it takes fewer inputs a step than the rule has WIDE's products take: among the first that are tried."""
-    return launch.constexprs.get("BLOCK_K", 0) == 64
+pytestmark = pytest.mark.usefixtures("tuning_cache")
 
 
 def test_headline_targets_are_the_encoders_decoders() -> None:
@@ -353,10 +297,6 @@ def test_it_stops_when_the_time_is_over_with_what_it_has(monkeypatch: pytest.Mon
     assert not timer.decoders
 
 
-PLAIN_FASTER = Times(52.3e-6, 41.0e-6, Ratio(1.28, 1.20, 1.33))
-TRITON_FASTER = Times(30.0e-6, 60.0e-6, Ratio(0.5, 0.49, 0.51))
-
-
 @pytest.mark.parametrize(
     ("times", "backend", "why"),
     [
@@ -410,287 +350,6 @@ def test_weights_for_timing_are_permutations_where_they_are_indices() -> None:
     }
 
 
-# By prediction.
-
-
-SLOW = replace(CODE, instructions=9700, loops=(Loop(9000, 0, 4, 0, 0),))
-
-
-def code_of(launch: Launch) -> Compiled:
-    """The tiles that the rule takes for WIDE's products make slow code here."""
-    return SLOW if launch.options.get("num_stages") == 6 else CODE
-
-
-def machine_code(kernels: Sequence[Kernel], faulty: Callable[[Kernel], bool] = lambda kernel: False) -> list[Compiled]:
-    return [replace(code_of(kernel.launch), serialized=faulty(kernel)) for kernel in kernels]
-
-
-def test_the_choice_is_what_is_predicted_fastest() -> None:
-    table = choose_by_prediction(H100, [WIDE], machine_code)
-    with tuning.trying({}):
-        groups = WIDE.launches(Chip())
-    assert set(table.kernels) == set(groups)
-    changed = 0
-    for problem, entry in table.kernels.items():
-        times = {}
-        for config in candidates(problem, Chip()):
-            with tuning.trying({problem: config}):
-                launches = WIDE.launches(Chip())[problem]
-            times[config] = sum(predict(launch, code_of(launch), H100).seconds for launch in launches) / len(launches)
-        usual = rule(problem, Chip())
-        assert usual is not None
-        if entry.config == usual:
-            assert min(times.values()) > 0.96 * times[usual]
-        else:
-            assert times[entry.config] < (1 - TIE) * times[usual]
-            assert times[entry.config] < 1.02 * min(times.values())
-            changed += 1
-        assert entry == Entry(entry.config, round(1e6 * times[entry.config], 2))
-    assert changed, "or nothing was tested"
-
-
-def test_no_candidate_is_predicted_under_the_bound_that_spares_its_compilation() -> None:
-    fast = replace(CODE, instructions=1, loops=(Loop(1, 0, 1, 0, 0),))
-    for trial in trials(WIDE, Chip(), set()):
-        for launches in trial.values():
-            for launch in launches:
-                assert predict_at_least(launch, H100) <= 1.0001 * predict(launch, fast, H100).seconds
-
-
-def test_what_must_not_ship_is_not_chosen() -> None:
-    free = choose_by_prediction(H100, [WIDE], machine_code)
-    usual = {rule(problem, Chip()).stages for problem in free.kernels}  # type: ignore[union-attr]
-    banned = max({entry.config.stages for entry in free.kernels.values()} - usual)  # type: ignore[union-attr]
-
-    def without(kernels: Sequence[Kernel]) -> list[Compiled]:
-        return machine_code(kernels, lambda kernel: kernel.launch.options.get("num_stages") == banned)
-
-    table = choose_by_prediction(H100, [WIDE], without)
-    assert all(entry.config.stages != banned for entry in table.kernels.values())  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="must not ship"):
-        choose_by_prediction(H100, [WIDE], lambda kernels: machine_code(kernels, lambda kernel: True))
-
-
-def test_a_fault_in_another_decoder_returns_to_the_rule() -> None:
-    """The same product, found faulty only where the positions lie otherwise."""
-    other = replace(WIDE, height=4, width=16)
-
-    def with_fault(kernels: Sequence[Kernel]) -> list[Compiled]:
-        return machine_code(kernels, lambda k: k.launch.constexprs.get("LINE") == 16 and code_of(k.launch) is CODE)
-
-    alone, both = (choose_by_prediction(H100, wanted, with_fault) for wanted in ([WIDE], [WIDE, other]))
-    returned = {problem for problem in alone.kernels if alone.kernels[problem] != both.kernels[problem]}
-    assert returned
-    assert "linear" in {problem.kernel for problem in returned}
-    assert all(both.kernels[problem].config == rule(problem, Chip()) for problem in returned)
-
-
-def test_the_same_candidates_give_the_same_table() -> None:
-    tables = [choose_by_prediction(H100, [WIDE, NARROW], machine_code) for _ in range(2)]
-    assert tables[0] == tables[1]
-
-
-def test_predicted_decoders_run_on_triton_and_say_what_the_plain_path_takes_at_least() -> None:
-    table = choose_by_prediction(H100, [WIDE, NARROW], machine_code)
-    floor = plain_at_least(WIDE.weights(), WIDE.maps(), H100)
-    choice = table.decoders[WIDE.problem]
-    assert (choice.backend, choice.source, choice.plain_us) == ("triton", "predicted", None)
-    assert f"plain {1e6 * floor:.1f} us at least: triton" in choice.why
-
-
-def test_the_plain_paths_floor_counts_products_and_launches() -> None:
-    free = replace(H100, launch_seconds=0.0)
-    no_traffic = replace(free, memory=1e30, l2=1e30)
-    large = replace(WIDE, batch=64)
-    weights = large.weights()
-    work = 2 * 64 * 64 * 3 * (weights.hidden * weights.passive + 2 * weights.active * weights.hidden)
-    assert plain_at_least(weights, large.maps(), no_traffic) == pytest.approx(work / H100.matrix["bf16"], rel=0.35)
-    assert plain_at_least(weights, large.maps(), free) > plain_at_least(weights, large.maps(), no_traffic)
-    launches = (plain_at_least(weights, large.maps(), H100) - plain_at_least(weights, large.maps(), free)) / 1.5e-6
-    assert 3 * 8 <= round(launches) <= 3 * 30
-
-
-def test_entries_that_are_predicted_otherwise_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    known: dict[object, Compiled] = {}
-    table = choose_by_prediction(H100, [WIDE], machine_code)
-    monkeypatch.setattr(tuning, "shipped_table", lambda chip: table)
-    tuning.forget()
-    for launch in WIDE.all_launches(Chip()):
-        known[tune_predicted.compile_key(launch, 90)] = code_of(launch)
-    assert outdated(table, [WIDE], known, H100) == (0, len(table.kernels))  # type: ignore[arg-type]
-    problem, entry = next(iter(table.kernels.items()))
-    table.kernels[problem] = replace(entry, predicted_us=2 * (entry.predicted_us or 0))
-    assert outdated(table, [WIDE, NARROW], known, H100) == (1, len(table.kernels))  # type: ignore[arg-type]
-
-
-# The command.
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> StubTimer:
-    """A card whose times are stubbed."""
-    timer = StubTimer(PLAIN_FASTER)
-    command = importlib.import_module("cflow_fast.cli.tune")  # of that name the package has the command
-    monkeypatch.setattr(command, "_card", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: CHIP))
-    monkeypatch.setattr(tune_card, "CardTimer", lambda device: timer)
-    monkeypatch.setattr(warm, "compiling_ahead", lambda wanted, device: contextlib.nullcontext())
-    return timer
-
-
-SMALL = ("--encoder", "resnet18", "--size", "64", "--batch", "1", "--precision", "bf16")
-
-
-def test_tune_fills_the_cards_cache_and_prints_what_the_dispatcher_takes(card: StubTimer, cache: Path) -> None:
-    result = run("tune", *SMALL)
-    assert result.exit_code == 0, result.output
-    table = read_table(cache)
-    assert {problem.features for problem in table.decoders} == {128, 256, 512}
-    assert {choice.backend for choice in table.decoders.values()} == {"plain"}
-    assert "plain 41.0 us, Triton 52.3 us: plain" in " ".join(result.output.split())
-    assert str(cache) in result.output.replace("\n", "")
-    assert table.facts["torch"] == torch.__version__
-    maps = [problem for problem in table.kernels if problem.kernel == "tail"]
-    assert [(problem.rows, problem.numbers) for problem in maps] == [(1, (3, 64, 64))]
-
-
-def test_tune_of_a_model_takes_its_decoders_precision_and_size(card: StubTimer, cache: Path, tmp_path: Path) -> None:
-    model = tiny_model()
-    model.precision = "fp32"
-    model.save(tmp_path / "model.safetensors")
-    result = run("tune", tmp_path / "model.safetensors", "--batch", "2", "--output", tmp_path / "mine.json")
-    assert result.exit_code == 0, result.output
-    assert not cache.exists()
-    found = read_table(tmp_path / "mine.json").decoders
-    expected = {target.problem for target in model_targets(model, (2,), ("ieee",))}
-    assert set(found) == expected
-
-
-def test_interrupted_tuning_keeps_what_was_measured(
-    card: StubTimer, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(target: Target, chosen: dict[Problem, Config]) -> Times:
-        if card.decoders:
-            raise KeyboardInterrupt
-        card.decoders.append(chosen)
-        return EVEN
-
-    monkeypatch.setattr(card, "decoder", interrupt)
-    result = run("tune", *SMALL)
-    assert result.exit_code == 130
-    assert len(read_table(cache).decoders) == 1
-    assert "interrupted" in result.output
-
-
-def test_a_failure_in_the_middle_keeps_what_was_measured(
-    card: StubTimer, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(target: Target, chosen: dict[Problem, Config]) -> Times:
-        raise LostCardError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(card, "decoder", fail)
-    result = run("tune", *SMALL)
-    assert result.exit_code == 1
-    assert "an illegal memory access was encountered" in result.output
-    assert read_table(cache).kernels
-
-
-def test_tune_without_a_card_is_one_line_and_exit_code_1() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a card")
-    result = run("tune")
-    assert result.exit_code == 1
-    assert result.output == "Error: there is no CUDA device here; `--predict H100` makes a table without one\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (("m.safetensors", "--size", "64"), 2, "MODEL has an encoder and an image size of its own"),
-        (("--predict", "A100"), 2, "'A100' is not one of"),
-        (("--precision", "fp16"), 2, "'fp16' is none of"),
-        (("--minutes", "0"), 2, "0.0 is not in the range"),
-        (("--size", "16", "--encoder", "resnet18"), 2, "smaller than 32"),
-        (("--encoder", "no_such_net"), 1, "no_such_net"),
-        (("--predict", "H100", *SMALL), 2, "unset TRITON_INTERPRET"),
-        (("missing.safetensors",), 1, "missing.safetensors"),
-    ],
-)
-def test_usage_errors_are_clear(card: StubTimer, arguments: Sequence[str], code: int, message: str) -> None:
-    result = run("tune", *arguments)
-    assert (result.exit_code, message in result.output) == (code, True), result.output
-
-
-def test_a_file_in_the_way_is_found_before_anything_is_measured(card: StubTimer, tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text('{"mine": 1}')
-    result = run("tune", *SMALL, "--output", path)
-    assert result.exit_code == 1
-    assert "mine.json is in the way: it is no tuning table" in result.output.replace("\n", "")
-    assert (card.launched, path.read_text()) == ([], '{"mine": 1}')
-
-
-def test_predicting_needs_no_card_and_writes_the_architectures_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
-    right = tune_predicted.choose_by_prediction
-    monkeypatch.setattr(
-        tune_predicted, "choose_by_prediction", lambda card, wanted, report: right(card, wanted, machine_code)
-    )
-    result = run("tune", "--predict", "H200", *SMALL, "--output", tmp_path / "mine.json")
-    assert result.exit_code == 0, result.output
-    table = read_table(tmp_path / "mine.json")
-    assert (table.card, table.facts["predicted_for"]) == ("sm_90", "H200")
-    assert all(entry.source == "predicted" for entry in table.kernels.values())
-    assert tuple(card.name for card in CARDS) == PREDICTED_CARDS
-
-
-def test_every_line_of_a_table_is_told() -> None:
-    table = table_of(measured(StubTimer(PLAIN_FASTER)), CHIP.name, 132, {})
-    (headings, kernels), (_, decoders) = in_words(table)
-    assert (len(kernels), len(decoders)) == (len(table.kernels), len(table.decoders))
-    assert {len(row) for row in kernels} == {len(headings)}
-    assert decoders == [("D 320, soft, bf16, 64 rows", "plain 41.0 us, Triton 52.3 us: plain")]
-    assert all("rows 64, out" in row[1] for row in kernels)
-
-
-# The suite's step.
-
-
-def test_the_suite_tunes_for_the_time_that_is_left_and_writes_what_it_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timer = StubTimer(TRITON_FASTER)
-    monkeypatch.setattr(gpu, "TUNED", (("resnet18",), ("bf16",), (64,), (1,)))
-    monkeypatch.setattr(gpu, "CardTimer", lambda device: timer)
-    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: CHIP))
-    suite = Suite(tmp_path, time.time() + 600, {"card": CHIP.name, "torch": "2", "triton": "3"})
-    words = gpu.tuned(suite)
-    table = read_table(tmp_path / "tuned.json")
-    assert table.card == CHIP.name
-    assert {problem.features for problem in table.decoders} == {128, 256, 512}
-    lines = [line for line in words.splitlines() if line.startswith("|")]
-    assert len(lines) == 4 + len(table.kernels) + len(table.decoders)
-
-
-def test_a_card_that_dies_while_the_suite_tunes_leaves_what_was_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(*_: object) -> Iterator[Finding]:
-        yield Finding(
-            "a", kernel=(Problem("linear", "bf16", 64, (64, 64, 0)), Entry(LinearConfig(64, 64, 64, 4, 4), None, 4.0))
-        )
-        raise LostCardError("an illegal memory access")
-
-    monkeypatch.setattr(gpu, "choose_by_measurement", dies)
-    monkeypatch.setattr(Chip, "of", staticmethod(lambda device: CHIP))
-    suite = Suite(tmp_path, time.time() + 600, {"card": CHIP.name, "torch": "2", "triton": "3"})
-    suite.run("tuning", gpu.tuned)
-    assert suite.failed
-    assert len(read_table(tmp_path / "tuned.json").kernels) == 1
-
-
 def test_an_error_after_which_the_card_is_silent_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = tune_card.CardTimer(torch.device("cuda", 0))
 
@@ -706,52 +365,6 @@ def test_an_error_after_which_the_card_is_silent_ends_it(monkeypatch: pytest.Mon
     monkeypatch.setattr("torch.cuda.synchronize", fails)
     with pytest.raises(LostCardError, match=r"answers nothing any more after: out of resource$"):
         timer.launch(launch)
-
-
-def loads(alone: float, busy: float) -> Load:
-    return Load(alone, 0.0, 0.0, busy, 0.0)
-
-
-A, B, C = (Problem("linear", "bf16", rows, (64, 64, 0)) for rows in (1, 2, 4))
-
-
-@pytest.mark.parametrize(
-    ("groups", "expected"),
-    [
-        pytest.param([[{A: {0: loads(4, 1), 1: loads(3, 2), 2: loads(2, 3)}}]], {A: 2}, id="alone the fastest"),
-        pytest.param(
-            [[{A: {0: loads(4, 3), 1: loads(3, 6)}}, {B: {0: loads(3, 2)}}]], {A: 0, B: 0}, id="not at all's expense"
-        ),
-        pytest.param(
-            [[{A: {0: loads(4, 3), 1: loads(3, 2)}}, {B: {0: loads(9, 1)}}]], {A: 1, B: 0}, id="where it takes less"
-        ),
-        pytest.param(
-            [[{A: {0: loads(4, 1), 1: loads(3, 2)}}, {B: {0: loads(9, 1)}}]], {A: 0, B: 0}, id="none gains, more taken"
-        ),
-        pytest.param(
-            [[{A: {0: loads(9, 1), 1: loads(2, 5)}}], [{A: {0: loads(4, 4), 1: loads(3, 6)}}, {C: {0: loads(1, 1)}}]],
-            {A: 0, C: 0},
-            id="no set of decoders pays for another",
-        ),
-    ],
-)
-def test_a_configuration_is_chosen_for_the_decoders_that_run_side_by_side(
-    groups: list[list[Decoder]], expected: dict[Problem, int]
-) -> None:
-    assert choose_together(groups) == expected
-
-
-def test_no_set_of_decoders_is_predicted_slower_than_by_the_rules() -> None:
-    group = [replace(WIDE, features=d, height=n, width=n, beside="one") for d, n in ((512, 16), (320, 8))]
-    table = choose_by_prediction(H100, group, machine_code)
-
-    def seconds(configs: dict[Problem, Config]) -> float:
-        with tuning.trying(configs):
-            chains = [[predict(x, code_of(x), H100) for x in target.all_launches(Chip())] for target in group]
-        return predict_together(chains, H100)
-
-    chosen = {problem: entry.config for problem, entry in table.kernels.items()}
-    assert seconds(chosen) < seconds({})
 
 
 @pytest.mark.parametrize("permutations", ["soft", "hard"])
