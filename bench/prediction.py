@@ -4,12 +4,15 @@ Every launch is counted from its shapes, its tiles and its machine code:
 
     matrix   operations of all tiles, padding included, at the card's matrix rate
     issue    instructions of all warps, four a cycle and multiprocessor
-    L2       bytes that tiles pull and push, at the rate of the L2 cache
+    L2       bytes that tiles pull and push, at the rate of the L2 cache, of which one multiprocessor takes no more
+             than its own
+    latency  of a product's steps: so many are on their way as the pipeline has stages, less one
     memory   weights once, and activations where they do not fit the L2 cache
 
 A unit (a tile, or a split of one) takes the longest of its matrix, issue and L2 times in its loop, and its epilogue
 after it: that overlaps with another program's loop only where two programs share a multiprocessor. Units are dealt
-out to multiprocessors in waves, and a launch takes at least what its bytes take from memory.
+out to multiprocessors in waves, none faster than its steps' latency, and a launch takes at least what its bytes take
+from memory; and before that, until its programs have what they begin with.
 """
 
 from __future__ import annotations
@@ -38,23 +41,41 @@ class Card:
     matrix: dict[str, float]  # FLOP/s by kernel precision
     memory: float  # bytes/s
     l2: float  # bytes/s
+    l2_each: float  # bytes/s of one multiprocessor
     l2_bytes: float
     launch_seconds: float  # from one kernel of a captured graph to the next
+    early_seconds: float  # the same of a launch that begins early
+    start_seconds: float  # of a product, until its first operands are there
+    latency_seconds: float  # of a step's operands, from the asking
     split_seconds: float  # until the last of a tile's splits has the others' sums
     not_measured: tuple[str, ...]
 
 
-def _hopper(name: str, bf16: float, memory: float) -> Card:
-    tf32 = bf16 / 2
-    matrix = {"bf16": bf16, "tf32": tf32, "tf32x3": tf32 / 3, "ieee": 132 * 128 * 2 * 1.755e9}
+def _hopper(name: str, bf16: float, memory: float, not_measured: tuple[str, ...] = ()) -> Card:
+    tf32 = 391e12
     return Card(
-        name, 132, 1.755e9, matrix, memory, 5.5e12, 50e6, 1.5e-6, 3e-6, ("l2", "launch_seconds", "tf32", "ieee")
+        *(name, 132, 1.755e9),
+        matrix={"bf16": bf16, "tf32": tf32, "tf32x3": tf32 / 3, "ieee": 51e12},
+        memory=memory,
+        l2=7.5e12,
+        l2_each=70e9,
+        l2_bytes=50e6,
+        launch_seconds=1.0e-6,
+        early_seconds=0.5e-6,
+        start_seconds=1.0e-6,
+        latency_seconds=1.1e-6,
+        split_seconds=2.0e-6,
+        not_measured=not_measured,
     )
 
 
-CARDS = (_hopper("H100", 798e12, 3.0e12), _hopper("H200", 790e12, 4.3e12))
-"""bf16 and memory rates were measured on such cards. What splits cost was seen on an H100: of 256 rows, 512 inputs and
-512 outputs three took 7.0 us, the whole product in the same tiles 3.5."""
+CARDS = (
+    _hopper("H100", 798e12, 3.0e12),
+    _hopper("H200", 790e12, 4.3e12, ("tf32", "ieee", "l2", "l2_each", "launch_seconds", "latency_seconds")),
+)
+"""Rates and the time between launches were measured on such cards, or on an H100 where `not_measured` names them. What
+one multiprocessor takes of the L2 cache, starts, latency and splits are what 531 bf16 launches on an H100 fit best, see
+`against_measured`."""
 
 
 @dataclass(frozen=True)
@@ -102,23 +123,34 @@ def predict(launch: Launch, compiled: Compiled, card: Card, cold_weights: bool =
 
     loop = sum(part.instructions for part in compiled.loops)
     rate = 4 * card.hertz / warps  # instructions of one program's code a second, alone on a multiprocessor
+    pulled = min(card.l2_each, card.l2 / min(work.units, card.multiprocessors))
     matrix = work.matrix_flop / work.units / (card.matrix[precision] * share)
     issue = work.steps * loop / rate
-    epilogue = work.repeats * (compiled.instructions - loop) / rate + work.unit_bytes / (card.l2 * share)
-    l2 = work.steps * work.step_bytes / (card.l2 * share)
+    epilogue = work.repeats * (compiled.instructions - loop) / rate + work.unit_bytes / pulled
+    l2 = work.steps * work.step_bytes / pulled
     unit = max(matrix, issue, l2) + (0.0 if resident > 1 else epilogue)
     unit = max(unit, issue + epilogue)
+    late = _late_seconds(launch, work, card) + epilogue
 
-    places = card.multiprocessors * resident
-    waves = work.units / places
-    full = math.ceil(waves) if work.units > card.multiprocessors else 1 / resident
+    waves = work.units / (card.multiprocessors * resident)
+    full = math.ceil(waves) * resident if work.units > card.multiprocessors else 1
     memory = work.memory_bytes / card.memory
-    seconds = max(full * resident * unit, memory) + card.launch_seconds + _splits_seconds(launch, card)
-    parts = {"matrix": matrix, "issue": issue + epilogue, "L2": l2}
-    bound = "memory" if memory >= full * resident * unit else max(parts, key=lambda name: parts[name])
+    times = {"memory": memory, "latency": math.ceil(waves) * late, "work": full * unit}
+    bound = max(times, key=lambda name: times[name])
+    if bound == "work":
+        parts = {"matrix": matrix, "issue": issue + epilogue, "L2": l2}
+        bound = max(parts, key=lambda name: parts[name])
     whole = work.units / card.multiprocessors
     return Prediction(
-        seconds, bound, work, resident, waves, whole * matrix, whole * (issue + epilogue), whole * l2, memory
+        seconds=max(times.values()) + _outside_seconds(launch, card),
+        bound=bound,
+        work=work,
+        resident=resident,
+        waves=waves,
+        matrix_seconds=whole * matrix,
+        issue_seconds=whole * (issue + epilogue),
+        l2_seconds=work.units * work.steps * work.step_bytes / card.l2,
+        memory_seconds=memory,
     )
 
 
@@ -126,11 +158,11 @@ def predict_at_least(launch: Launch, card: Card, cold_weights: bool = True) -> f
     """Seconds that no machine code for a launch could be predicted under: its instructions cost nothing."""
     work = _COUNTED[launch.kernel.__name__](launch, card, cold_weights)
     precision = launch.constexprs.get("PRECISION", "ieee")
-    matrix = work.matrix_flop / work.units / card.matrix[precision]
-    l2 = work.steps * work.step_bytes / card.l2
     units = max(work.units, card.multiprocessors)
-    least = max(units * max(matrix, l2), work.memory_bytes / card.memory)
-    return least + card.launch_seconds + _splits_seconds(launch, card)
+    matrix = units * work.matrix_flop / work.units / card.matrix[precision]
+    l2 = work.steps * work.step_bytes * max(work.units / card.l2, 1 / card.l2_each)
+    least = max(matrix, l2, work.memory_bytes / card.memory, _late_seconds(launch, work, card))
+    return least + _outside_seconds(launch, card)
 
 
 def l2_bytes(launch: Launch, card: Card) -> float:
@@ -148,8 +180,20 @@ def predict_together(decoders: Sequence[Sequence[Prediction]], card: Card) -> fl
     return max(*chains, shared)
 
 
-def _splits_seconds(launch: Launch, card: Card) -> float:
-    return card.split_seconds if launch.constexprs.get("SPLIT_K", 1) > 1 else 0.0
+def _late_seconds(launch: Launch, work: Work, card: Card) -> float:
+    """The least that a unit of a product waits for its operands."""
+    if "SPLIT_K" not in launch.constexprs:
+        return 0.0
+    return work.steps * card.latency_seconds / max(1, launch.options["num_stages"] - 1)
+
+
+def _outside_seconds(launch: Launch, card: Card) -> float:
+    """Before a launch's work, and where splits wait for each other."""
+    c = launch.constexprs
+    seconds = card.early_seconds if c.get("EARLY") else card.launch_seconds
+    if "SPLIT_K" in c:
+        seconds += card.start_seconds + (card.split_seconds if c["SPLIT_K"] > 1 else 0.0)
+    return seconds
 
 
 def residents(compiled: Compiled, warps: int) -> int:

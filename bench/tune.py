@@ -98,7 +98,7 @@ def choose_by_measurement(
                 for problem, same in search.launches(target).items():
                     if search.is_over:
                         return
-                    launch_of = partial(_decoder_launch, target, chip, most_frequent(same))
+                    launch_of = partial(decoder_launch, target, chip, most_frequent(same))
                     yield from search.try_all(problem, target.label, launch_of)
         if search.is_over:
             return
@@ -287,7 +287,7 @@ class _Set:
     seconds: float = math.inf
 
 
-def _decoder_launch(target: Target, chip: Chip, place: int, problem: Problem, config: Config) -> Launch:
+def decoder_launch(target: Target, chip: Chip, place: int, problem: Problem, config: Config) -> Launch:
     with tuning.trying({problem: config}):
         return target.launches(chip)[problem][place]
 

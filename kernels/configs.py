@@ -237,13 +237,14 @@ _WholeFlowTiles = dict[int, tuple[WholeFlowConfig, ...]]
 # The state (a half twice) and the sums of s and t fill the registers: rows x half decides what fits, and nothing here
 # spills inside the chunk loop. Weights come from L2 once per program, and 128 rows in bf16 ask for about what L2 gives
 # at the full matrix rate, 64 for twice that. At 128 rows 4 warps leave room for two programs a multiprocessor, one's
-# epilogue beside the other's products, up to halves of 32; above, 8 warps and one program. 16 rows use warp-level
-# instructions: for few rows only. fp32 operands double the state and the bytes, so that tf32 has 64 rows, and soft
-# permutations, which it multiplies by twice, only in halves of up to 64; without matrix units a thread's own products
-# take what is left. tf32x3 would need every matrix twice.
+# epilogue beside the other's products, up to halves of 32; above, 8 warps and one program. Halves over 96 leave room
+# for 64 rows with hard permutations alone: with soft ones a few launches a block are predicted to be faster. 16 rows
+# use warp-level instructions: for few rows only. fp32 operands double the state and the bytes, so that tf32 has 64
+# rows, and soft permutations, which it multiplies by twice, only in halves of up to 64; without matrix units a thread's
+# own products take what is left. tf32x3 would need every matrix twice.
 _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
     "bf16": {
-        32: (WholeFlowConfig(128, 64, 4, 2), WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 64, 4, 2)),
+        32: (WholeFlowConfig(128, 32, 4, 2), WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 64, 4, 2)),
         64: (
             WholeFlowConfig(128, 32, 8, 2, own_condition=False),
             WholeFlowConfig(64, 32, 4, 2),
@@ -254,13 +255,7 @@ _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
             WholeFlowConfig(64, 32, 4, 2, own_condition=False),
             WholeFlowConfig(16, 32, 4, 2),
         ),
-        128: (
-            WholeFlowConfig(128, 32, 8, 2),
-            WholeFlowConfig(64, 32, 8, 2, hard=True),
-            WholeFlowConfig(32, 32, 8, 2, hard=False),
-            WholeFlowConfig(16, 32, 4, 2, hard=True),
-            WholeFlowConfig(16, 32, 8, 2, hard=False),
-        ),
+        128: (WholeFlowConfig(64, 32, 8, 2, hard=True), WholeFlowConfig(16, 32, 4, 2, hard=True)),
     },
     "tf32": {
         32: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),

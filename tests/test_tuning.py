@@ -239,19 +239,15 @@ def test_a_number_without_an_end_is_damage_like_any_other() -> None:
     assert selected() == by_rule()
 
 
-@pytest.mark.parametrize(
-    ("features", "own_condition", "hard"), [(160, True, False), (256, False, True)], ids=["own condition", "hard"]
-)
-def test_a_configuration_for_the_other_kind_of_rows_is_passed_over(
-    features: int, own_condition: bool, hard: bool
-) -> None:
+@pytest.mark.parametrize(("features", "own_condition"), [(160, True), (256, False)], ids=["own condition", "soft"])
+def test_a_configuration_for_the_other_kind_of_rows_is_passed_over(features: int, own_condition: bool) -> None:
     """Registers hold no condition of their own beside some tiles; others are for one kind of permutations alone."""
-    tiles = configs._WHOLE_FLOW_HOPPER["bf16"][features // 2 if hard else 96]
-    unfit = next(c for c in tiles if (c.hard is False if hard else not c.own_condition))
-    problem = Problem("whole_flow", "bf16", 65536, (features, int(own_condition), int(hard)))
+    tiles = configs._WHOLE_FLOW_HOPPER["bf16"][96 if own_condition else features // 2]
+    unfit = next(c for c in tiles if c.hard or not c.own_condition)
+    problem = Problem("whole_flow", "bf16", 65536, (features, int(own_condition), 0))
     write(tuning.cache_path(CARD.name), own((problem, Entry(unfit, None, 4.0))))
     with pytest.warns(UserWarning, match="would not launch"):
-        found = tuning.select_whole_flow(CARD, features, 65536, "bf16", own_condition, hard)
+        found = tuning.select_whole_flow(CARD, features, 65536, "bf16", own_condition)
     assert found == rule(problem, CARD) != unfit
 
 
