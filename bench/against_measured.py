@@ -114,7 +114,10 @@ def _lost(group: Sequence[Pair]) -> float:
 @click.argument("path", type=click.Path(exists=True, path_type=Path, dir_okay=False))
 def main(path: Path) -> None:
     """Compare predictions for an H100 with launches that were measured on one."""
-    print(summary(pairs(path, CARDS[0])))
+    found = pairs(path, CARDS[0])
+    if not found:
+        raise click.ClickException(f"{path} has no launch of {', '.join(MEASURED[0])}'s decoders in bf16 at 256 px")
+    print(summary(found))
 
 
 if __name__ == "__main__":

@@ -64,9 +64,8 @@ WIDE = "wide_resnet50_2"
 MINUTES = 8.5
 CASE_SECONDS = 2.0
 """For all contenders of a case together, once they are made."""
-MOST_COMPARING = 100.0
-"""Seconds for parity at once."""
-MOST_TUNING = 100.0
+MOST_COMPARING, MOST_TUNING = 100.0, 100.0
+"""Seconds for parity at once, and for tuning."""
 RUNS = 3
 """Of the reference in parity: among the few positions of a coarse map one run's largest error says little."""
 
@@ -220,7 +219,7 @@ def _table(results: Results) -> str:
 
 
 def tuned(suite: Suite) -> str:
-    """Every candidate of the wide decoders' kernels, and Triton beside the plain path, for as long as there is time.
+    """Candidates of the wide decoders' kernels, and Triton beside the plain path, for as long as there is time.
 
     From here on this process, and those that it starts, launch what was found.
     """

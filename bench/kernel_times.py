@@ -99,7 +99,7 @@ def _card(name: str, roofline: dict[str, Any] | None) -> Card:
         matrix |= {"tf32": roofline["matrix"]["tf32"], "tf32x3": roofline["matrix"]["tf32"] / 3}
     matrix["ieee"] = roofline["matrix"]["fp32"]
     l2 = min(roofline["l2_shared"], roofline["l2_own"])
-    return replace(known, name=name, matrix=matrix, memory=roofline["copy"], l2=l2, not_measured=())
+    return replace(known, name=name, matrix=matrix, memory=roofline["copy"], l2=l2)
 
 
 def _timed(lines: list[Headline], device: torch.device, until: float) -> Iterator[Timed]:

@@ -33,7 +33,7 @@ WARP_SLOTS, REGISTERS, SHARED_BYTES, RESERVED_SHARED = 64, 65536, 228 * 1024, 10
 
 @dataclass(frozen=True)
 class Card:
-    """Rates of one card. `not_measured` names those that are a maker's or an assumption."""
+    """Rates of one card."""
 
     name: str
     multiprocessors: int
@@ -48,10 +48,9 @@ class Card:
     start_seconds: float  # of a product, until its first operands are there
     latency_seconds: float  # of a step's operands, from the asking
     split_seconds: float  # until the last of a tile's splits has the others' sums
-    not_measured: tuple[str, ...]
 
 
-def _hopper(name: str, bf16: float, memory: float, not_measured: tuple[str, ...] = ()) -> Card:
+def _hopper(name: str, bf16: float, memory: float) -> Card:
     tf32 = 391e12
     return Card(
         *(name, 132, 1.755e9),
@@ -65,17 +64,13 @@ def _hopper(name: str, bf16: float, memory: float, not_measured: tuple[str, ...]
         start_seconds=1.0e-6,
         latency_seconds=1.1e-6,
         split_seconds=2.0e-6,
-        not_measured=not_measured,
     )
 
 
-CARDS = (
-    _hopper("H100", 798e12, 3.0e12),
-    _hopper("H200", 790e12, 4.3e12, ("tf32", "ieee", "l2", "l2_each", "launch_seconds", "latency_seconds")),
-)
-"""Rates and the time between launches were measured on such cards, or on an H100 where `not_measured` names them. What
-one multiprocessor takes of the L2 cache, starts, latency and splits are what 531 bf16 launches on an H100 fit best, see
-`against_measured`."""
+CARDS = (_hopper("H100", 798e12, 3.0e12), _hopper("H200", 790e12, 4.3e12))
+"""The rates of bf16 products and of memory are the best that were measured on such cards, those of tf32, fp32, L2 and
+between launches an H100's, and the clock is the maker's. What one multiprocessor takes of the L2 cache, starts, latency
+and splits are what 531 bf16 launches on an H100 fit best, see `against_measured`: none of an H200 was timed."""
 
 
 @dataclass(frozen=True)

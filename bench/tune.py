@@ -103,14 +103,13 @@ def choose_by_measurement(
         if search.is_over:
             return
         yield from search.refine(family)
-        for group in family:
+        if search.is_over:
+            return
+        yield from search.side_by_side(family)
+        for target in (target for group in family for target in group):
             if search.is_over:
                 return
-            yield from search.side_by_side(group)
-            for target in group:
-                if search.is_over:
-                    return
-                yield search.backend(target)
+            yield search.backend(target)
     for batch, scales, size in tails:
         if search.is_over:
             return
@@ -149,9 +148,10 @@ class _Search:
             return
         seconds = self.seconds[problem] = {}
         found = candidates(problem, self.chip)
+        launches = {config: launch_of(problem, config) for config in found}
         first = [config for config in (rule(problem, self.chip), self._standard(problem)) if config in found]
-        counted = {config: predict_at_least(launch_of(problem, config), CARDS[0]) for config in found}
-        moved = self.bytes[problem] = {config: l2_bytes(launch_of(problem, config), CARDS[0]) for config in found}
+        counted = {config: predict_at_least(launch, CARDS[0]) for config, launch in launches.items()}
+        moved = self.bytes[problem] = {config: l2_bytes(launch, CARDS[0]) for config, launch in launches.items()}
         light = sorted(found, key=lambda config: moved[config])[:LIGHT]
         in_vain = 0
         for config in dict.fromkeys([*first, *light, *sorted(found, key=lambda config: counted[config])]):
@@ -159,7 +159,7 @@ class _Search:
                 break
             least = min(seconds.values(), default=math.inf)
             try:
-                seconds[config] = self.timer.launch(launch_of(problem, config))
+                seconds[config] = self.timer.launch(launches[config])
             except LostCardError:
                 raise
             except Exception as error:  # out of resources, or whatever a compiler says: the others are worth trying
@@ -174,43 +174,53 @@ class _Search:
     def refine(self, family: Sequence[Sequence[Target]]) -> Iterator[Finding]:
         """Other configurations in their place, one after another: what makes decoders side by side faster is taken.
 
-        A problem of several sets of decoders is settled for all of them, by the product of their times.
+        A problem of several sets of decoders is settled for all of them, by the product of their times. It takes no
+        more than half of the time that is left: the decoders have to be compared with the plain path, too.
         """
-        sets = [_Set(group, self.timer.together(group), self._problems(group)) for group in family if len(group) > 1]
-        try:
-            for one in sets:
-                one.seconds = one.time(self._configs(one.problems))
-        except LostCardError:
-            raise
-        except Exception as error:
-            yield Finding(family[0][0].label, note=f"decoders were not timed side by side: {_reason(error)}")
-            return
-        for _ in range(PASSES if sets else 0):
+        until = time.monotonic() + (self.until - time.monotonic()) / 2
+        sets = []
+        for group in family:
+            if len(group) < 2 or time.monotonic() > until:
+                continue
+            try:
+                sets.append(self._timed_set(group))
+            except LostCardError:
+                raise
+            except Exception as error:
+                yield Finding(_label(group), note=f"decoders were not timed side by side: {_reason(error)}")
+        for _ in range(PASSES):
             before = dict(self.chosen)
             for problem in sorted({problem for one in sets for problem in one.problems}):
                 users = [one for one in sets if problem in one.problems]
                 for config in self._alternatives(problem):
-                    if self.is_over:
+                    if time.monotonic() > until:
                         return
                     if self._is_faster_with(problem, config, users):
-                        label = users[0].group[0].beside
-                        yield self._choose(problem, config, label)
+                        yield self._choose(problem, config, _label(users[0].group))
             if self.chosen == before:
                 break
 
+    def _timed_set(self, group: Sequence[Target]) -> _Set:
+        one = _Set(group, self.timer.together(group), self._problems(group))
+        one.seconds = one.time(self._configs(one.problems))
+        return one
+
     def _is_faster_with(self, problem: Problem, config: Config, users: Sequence[_Set]) -> bool:
-        """Whether decoders are, which are then timed anew."""
+        """Whether decoders are, and still are when what they had is timed anew: clocks change in the meantime."""
         try:
-            seconds = [one.time(self._configs(one.problems) | {problem: config}) for one in users]
+            with_it = [one.time(self._configs(one.problems) | {problem: config}) for one in users]
+            if not _is_gain([one.seconds for one in users], with_it):
+                return False
+            for one in users:
+                one.seconds = one.time(self._configs(one.problems))
         except LostCardError:
             raise
         except Exception:  # a launch of few, which the one that was timed alone stands for, asks for too much
             return False
-        gained = sum(math.log(one.seconds / now) for one, now in zip(users, seconds, strict=True))
-        if gained <= SIDE_BY_SIDE_TIE * len(users):
+        if not _is_gain([one.seconds for one in users], with_it):
             return False
-        for one, now in zip(users, seconds, strict=True):
-            one.seconds = now
+        for one, seconds in zip(users, with_it, strict=True):
+            one.seconds = seconds
         return True
 
     def _alternatives(self, problem: Problem) -> list[Config]:
@@ -223,27 +233,31 @@ class _Search:
                 found.append(config)
         return [config for config in found if config != self.chosen.get(problem)]
 
-    def side_by_side(self, group: Sequence[Target]) -> Iterator[Finding]:
-        """Beside what was launched before anything was measured: where that is faster, it is returned to."""
-        problems = self._problems(group)
-        standard = {problem: self._standard(problem) for problem in problems}
-        changed = {p: self.chosen[p] for p in problems if p in self.chosen and self.chosen[p] != standard[p]}
-        if not changed:
-            return
-        label = group[0].beside or group[0].label
-        try:
-            faster = self.timer.side_by_side(group, {p: c for p, c in standard.items() if c}, self.chosen)
-        except LostCardError:
-            raise
-        except Exception as error:
-            yield Finding(label, note=f"decoders were not timed side by side: {_reason(error)}")
-            return
-        if faster.high < 1:
-            yield Finding(label, note=f"side by side what is faster alone is slower, {faster}: given back")
+    def side_by_side(self, family: Sequence[Sequence[Target]]) -> Iterator[Finding]:
+        """Beside what was launched before anything was measured: what makes decoders slower is given back, unless
+        others that launch the same gain more."""
+        faster: dict[Problem, list[Ratio]] = {}
+        for group in family:
+            standard = {problem: self._standard(problem) for problem in self._problems(group)}
+            changed = [p for p in standard if p in self.chosen and self.chosen[p] != standard[p]]
+            if not changed or self.is_over:
+                continue
+            try:
+                found = self.timer.side_by_side(group, {p: c for p, c in standard.items() if c}, self.chosen)
+            except LostCardError:
+                raise
+            except Exception as error:
+                yield Finding(_label(group), note=f"decoders were not timed side by side: {_reason(error)}")
+                continue
+            if found.high < 1:
+                yield Finding(_label(group), note=f"side by side what is faster alone is slower, {found}: given back")
             for problem in changed:
-                config = standard[problem]
-                if config in self.seconds[problem]:
-                    yield self._choose(problem, config, label)
+                faster.setdefault(problem, []).append(found)
+        for problem, ratios in faster.items():
+            lost = any(ratio.high < 1 for ratio in ratios) and math.prod(ratio.median for ratio in ratios) < 1
+            config = self._standard(problem)
+            if lost and config in self.seconds[problem]:
+                yield self._choose(problem, config, problem.kernel)
 
     def backend(self, target: Target) -> Finding:
         try:
@@ -275,6 +289,15 @@ class _Search:
 
     def _problems(self, group: Sequence[Target]) -> list[Problem]:
         return sorted({problem for target in group for problem in self.launches(target)})
+
+
+def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:
+    gained = sum(math.log(a / b) for a, b in zip(before, after, strict=True))
+    return gained > SIDE_BY_SIDE_TIE * len(before)
+
+
+def _label(group: Sequence[Target]) -> str:
+    return group[0].beside or group[0].label
 
 
 @dataclass

@@ -29,7 +29,7 @@ from cflow_fast.positional import encoding_factors
 EFFORT = Effort(seconds=0.3, target=0.02)
 """For one decoder both ways."""
 ROUNDS, LEAST_TIMED, MOST_RUNS = 5, 4e-3, 20
-"""Of decoders side by side: how often they are timed, seconds at least and runs at most at a time."""
+"""Of decoders side by side: how often they are timed, about how many seconds and at most how many runs at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class CardTimer:
             return self._decoder(target, chosen)
 
     def together(self, group: Sequence[Target]) -> Callable[[Mapping[Problem, Config]], float]:
-        calls = self._calls(group)
+        with self._watched():
+            calls = self._calls(group)
 
         def seconds(chosen: Mapping[Problem, Config]) -> float:
             with self._watched(), tuning.trying(chosen), torch.no_grad():

@@ -184,17 +184,18 @@ def most_frequent(launches: Sequence[Launch]) -> int:
 
 
 def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]:
-    """All that measuring launches: to be compiled beforehand. First what is launched alone, then what stands beside it
-    when decoders run side by side."""
+    """All that measuring launches, to be compiled beforehand: family by family first what is launched alone, then what
+    stands beside it when decoders run side by side."""
     seen: set[Problem] = set()
-    others: list[Launch] = []
-    for target in wanted:
-        places: dict[Problem, int] = {}
-        for trial in trials(target, chip, seen):
-            for problem, launches in trial.items():
-                yield launches[places.setdefault(problem, most_frequent(launches))]
-                others += launches
-    yield from others
+    for family in families_of(wanted, chip):
+        others: list[Launch] = []
+        for target in (target for group in family for target in group):
+            places: dict[Problem, int] = {}
+            for trial in trials(target, chip, seen):
+                for problem, launches in trial.items():
+                    yield launches[places.setdefault(problem, most_frequent(launches))]
+                    others += launches
+        yield from others
 
 
 def trials(target: Target, chip: Chip, seen: set[Problem]) -> Iterator[dict[Problem, list[Launch]]]:

@@ -189,7 +189,7 @@ def _tiles(precision: str, chip: Chip) -> list[Tile]:
 
 
 def _select(tiles: list[Tile], rows: int, inputs: int, outputs: int, chip: Chip) -> tuple[Tile, int]:
-    """The largest tile that keeps the card busy; where none does, the smallest, its inputs split."""
+    """The largest tile that keeps the card busy; where none does, the smallest, its inputs split if they are many."""
 
     def count(tile: Tile) -> int:
         return triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1])
@@ -217,7 +217,7 @@ class WholeFlowConfig:
     """Of kernels/whole_flow.py: rows a program carries through all blocks, hidden units it makes at a time.
 
     own_condition: whether the registers also hold what loose rows with a condition each need.
-    hard: for hard permutations alone (True) or soft ones alone (False), where one kind needs more registers.
+    hard: for hard permutations alone, where soft ones need more registers; None for both.
     """
 
     block_rows: int

@@ -1,4 +1,4 @@
-"""Narrow decoders, up to 256 features or so: all blocks in one launch.
+"""Narrow decoders, up to 256 features or so, 192 with soft permutations: all blocks in one launch.
 
 Every program reads the features of its rows once, carries them through all coupling blocks, in registers or, where
 they are permuted by index, in a scratch of its own, and writes one number per row (`whole_flow_kernel`), on weights

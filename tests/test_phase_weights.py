@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flows import rough_decoder
 from torch import Tensor
 
-from cflow_fast.kernels.phase_weights import CUT_OFF, _Operands, cut_off_by
+from cflow_fast.kernels.phase_weights import CUT_OFF, PhaseWeights, _Operands, cut_off_by
 from cflow_fast.kernels.weights import round_to_tf32
 
 PART, INSTRUCTION = 32, 8
@@ -56,6 +57,18 @@ def test_two_parts_are_the_weight_but_for_what_no_float32_holds() -> None:
     assert torch.equal(round_to_tf32(large), large)
     assert torch.equal(round_to_tf32(low), low)
     assert ((large + low - w).abs() <= 2.0**-22 * w.abs()).all()
+
+
+def test_a_decoders_second_parts_have_it_and_its_first_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = rough_decoder(64, permute_soft=True, coupling_blocks=2).fold("fp32").weights
+    exact = PhaseWeights.prepare(weights, "tf32x3")
+    monkeypatch.setattr("cflow_fast.kernels.phase_weights.cut_off_by", lambda device: 2.0**-12)
+    more = PhaseWeights.prepare(weights, "tf32x3")
+    assert exact.low is not None
+    assert more.low is not None
+    assert torch.equal(exact.w2, more.w2)
+    added = more.low.w2 - exact.low.w2
+    torch.testing.assert_close(added, 2.0**-12 * exact.w2, rtol=1e-2, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,35 @@ def test_splitting_a_sum_makes_more_units_of_fewer_steps_and_more_traffic() -> N
     assert predict_at_least(parts, H100) - predict_at_least(parts, free) == waiting
 
 
+def test_few_rows_wait_for_their_operands_unless_many_steps_are_on_their_way() -> None:
+    launch = with_tile(product(), BLOCK_ROWS=64, BLOCK_OUT=32, BLOCK_K=64, SPLIT_K=1)
+    launch = replace(launch, args=launch.args | {"rows": 64})
+    late = replace(H100, latency_seconds=20e-6)
+    three, six = (replace(launch, options=launch.options | {"num_stages": stages}) for stages in (3, 6))
+    assert predict(three, CODE, late).bound == "latency"
+    waits = [predict(each, CODE, late).seconds - predict(each, CODE, H100).seconds for each in (three, six)]
+    assert waits[0] > 2 * waits[1] > 0
+    assert predict_at_least(three, late) > predict_at_least(six, late)
+
+
+def test_one_multiprocessor_pulls_no_more_than_its_own() -> None:
+    launch = with_tile(product(), BLOCK_ROWS=64, BLOCK_OUT=64, BLOCK_K=64, SPLIT_K=1)
+    launch = replace(launch, args=launch.args | {"rows": 64, "outputs": 64, "y_outputs": 64})
+    slow = replace(H100, l2_each=1e9)
+    assert predict(launch, CODE, slow).bound == "L2"
+    assert predict(launch, CODE, slow).l2_seconds == predict(launch, CODE, H100).l2_seconds, "of the whole card"
+
+
+def test_what_begins_early_comes_sooner_and_a_product_takes_a_start() -> None:
+    launch = product()
+    early = replace(launch, constexprs=launch.constexprs | {"EARLY": True})
+    sooner = H100.launch_seconds - H100.early_seconds
+    assert predict(launch, CODE, H100).seconds - predict(early, CODE, H100).seconds == pytest.approx(sooner)
+    at_once = replace(H100, start_seconds=0.0)
+    start = predict(launch, CODE, H100).seconds - predict(launch, CODE, at_once).seconds
+    assert start == pytest.approx(H100.start_seconds)
+
+
 def test_what_a_launch_moves_is_what_its_tiles_pull_and_push() -> None:
     launch = with_tile(product(), BLOCK_ROWS=64, BLOCK_OUT=64, BLOCK_K=64, SPLIT_K=1)
     rows, inputs, outputs = (launch.args[name] for name in ("rows", "inputs", "outputs"))

@@ -10,40 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_model
-from tuning_stubs import (
-    CHIP,
-    EVEN,
-    H100,
-    NARROW,
-    PLAIN_FASTER,
-    TRITON_FASTER,
-    WIDE,
-    StubTimer,
-    is_other,
-    measured,
-)
+from tuning_stubs import CHIP, EVEN, H100, NARROW, PLAIN_FASTER, TRITON_FASTER, WIDE, StubTimer, is_other, measured
 
 from cflow_fast.bench import tune_card
 from cflow_fast.bench.cases import ENCODERS, HEADLINE_ENCODERS
 from cflow_fast.bench.measurement import Effort, Ratio
 from cflow_fast.bench.prediction import l2_bytes
-from cflow_fast.bench.tune import (
-    LIGHT,
-    PATIENCE,
-    TIE,
-    LostCardError,
-    Times,
-    choose_by_measurement,
-    table_of,
-)
-from cflow_fast.bench.tune_targets import (
-    Target,
-    candidate_launches,
-    families_of,
-    model_targets,
-    targets,
-    trials,
-)
+from cflow_fast.bench.tune import LIGHT, PATIENCE, TIE, Finding, LostCardError, Times, choose_by_measurement, table_of
+from cflow_fast.bench.tune_targets import Target, candidate_launches, families_of, model_targets, targets, trials
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import Config, Problem, candidates, rule
@@ -260,6 +234,54 @@ def test_decoders_that_cannot_be_timed_side_by_side_keep_what_is_fastest_alone()
     assert len(table_of(found, CHIP.name, 132, {}).decoders) == len(BESIDE)
 
 
+def test_trying_side_by_side_leaves_time_to_compare_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cflow_fast.bench.tune.time.monotonic", lambda: now[0])
+
+    def a_second(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        now[0] += 1.0
+        return lighter(group, chosen)
+
+    found = list(choose_by_measurement(BESIDE, CHIP, StubTimer(slow=alone, in_place=a_second), until=8.0))
+    assert 4 < now[0] < 8
+    assert len(table_of(found, CHIP.name, 132, {}).decoders) == len(BESIDE)
+
+
+def test_a_card_that_is_lost_side_by_side_ends_it_with_what_was_found() -> None:
+    def dies(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        raise LostCardError("an illegal memory access")
+
+    found: list[Finding] = []
+    with pytest.raises(LostCardError):
+        found.extend(choose_by_measurement(BESIDE, CHIP, StubTimer(in_place=dies), time.monotonic() + 60))
+    assert found
+    assert all(finding.kernel for finding in found)
+
+
+def test_a_gain_that_is_gone_when_both_are_timed_again_is_none() -> None:
+    """A clock that rises makes everything faster that is timed later."""
+    times = (1e-4 * 0.9**n for n in range(10**6))
+    table = table_of(measured(StubTimer(slow=alone, in_place=lambda *_: next(times)), *BESIDE), CHIP.name, 132, {})
+    assert all(entry.config.block_k == 128 for entry in table.kernels.values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("gain", "given_back"), [(1.05, True), (1.3, False)])
+def test_what_two_sets_launch_is_given_back_if_both_together_lose(gain: float, given_back: bool) -> None:
+    timer = StubTimer(slow=lambda launch: 5e-6 if is_other(launch) else 10e-6)
+
+    def faster(group: Sequence[Target], standard: object, chosen: object) -> Ratio:
+        return Ratio(gain, gain, gain) if group[0].beside == "soft" else Ratio(0.9, 0.85, 0.95)
+
+    timer.side_by_side = faster  # type: ignore[method-assign, assignment]
+    hard = [replace(target, permutations="hard", beside="hard") for target in BESIDE]
+    table = table_of(measured(timer, *BESIDE, *hard), CHIP.name, 132, {})
+    with tuning.trying({}):
+        shared = {problem for target in hard for problem in target.launches(CHIP)}
+    for problem, entry in table.kernels.items():
+        returned = entry.config.block_k == 128  # type: ignore[union-attr]
+        assert returned == (given_back and problem in shared)
+
+
 def test_the_least_of_several_runs_counts() -> None:
     times = iter([1e-3, *[n * 4e-3 for n in (7, 5, 6, 8, 9)]])
     runs = []
@@ -388,4 +410,9 @@ def test_decoders_are_timed_both_ways_and_side_by_side(permutations: str, monkey
     problem = Problem("whole_flow", "ieee", 8, (24, 0, int(permutations == "hard")))
     other = candidates(problem, Chip())[0]
     assert timer.side_by_side([target, target], {}, {problem: other}).median > 0
+    assert [len(each) for each in results] == [2, 2]
+    results.clear()
+    seconds = timer.together([target, target])
+    assert not results, "nothing runs before it is asked"
+    assert min(seconds({problem: config}) for config in (other, other)) >= 1e-4
     assert [len(each) for each in results] == [2, 2]

@@ -12,30 +12,13 @@ import pytest
 import torch
 from cli import run
 from tiny import tiny_model
-from tuning_stubs import (
-    CHIP,
-    EVEN,
-    PLAIN_FASTER,
-    TRITON_FASTER,
-    StubTimer,
-    machine_code,
-    measured,
-)
+from tuning_stubs import CHIP, EVEN, PLAIN_FASTER, TRITON_FASTER, StubTimer, machine_code, measured
 
 from cflow_fast.bench import gpu, tune_card, tune_predicted, warm
 from cflow_fast.bench.gpu import Suite
 from cflow_fast.bench.prediction import CARDS
-from cflow_fast.bench.tune import (
-    Finding,
-    LostCardError,
-    Times,
-    in_words,
-    table_of,
-)
-from cflow_fast.bench.tune_targets import (
-    Target,
-    model_targets,
-)
+from cflow_fast.bench.tune import Finding, LostCardError, Times, in_words, table_of
+from cflow_fast.bench.tune_targets import Target, model_targets
 from cflow_fast.cli.tune import PREDICTED_CARDS
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import Config, LinearConfig, Problem

@@ -6,27 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from tuning_stubs import (
-    CODE,
-    H100,
-    NARROW,
-    WIDE,
-    code_of,
-    machine_code,
-)
+from tuning_stubs import CODE, H100, NARROW, WIDE, code_of, machine_code
 
 from cflow_fast.bench import tune_predicted
 from cflow_fast.bench.aot import Kernel
 from cflow_fast.bench.compiled import Compiled, Loop
 from cflow_fast.bench.plain_floor import plain_at_least
 from cflow_fast.bench.prediction import predict, predict_at_least, predict_together
-from cflow_fast.bench.tune import (
-    TIE,
-)
+from cflow_fast.bench.tune import TIE
 from cflow_fast.bench.tune_predicted import choose_by_prediction, outdated
-from cflow_fast.bench.tune_targets import (
-    trials,
-)
+from cflow_fast.bench.tune_targets import trials
 from cflow_fast.bench.tune_together import Decoder, Load, choose_together
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
@@ -117,7 +106,9 @@ def test_the_plain_paths_floor_counts_products_and_launches() -> None:
     work = 2 * 64 * 64 * 3 * (weights.hidden * weights.passive + 2 * weights.active * weights.hidden)
     assert plain_at_least(weights, large.maps(), no_traffic) == pytest.approx(work / H100.matrix["bf16"], rel=0.35)
     assert plain_at_least(weights, large.maps(), free) > plain_at_least(weights, large.maps(), no_traffic)
-    launches = (plain_at_least(weights, large.maps(), H100) - plain_at_least(weights, large.maps(), free)) / 1.5e-6
+    launches = (
+        plain_at_least(weights, large.maps(), H100) - plain_at_least(weights, large.maps(), free)
+    ) / H100.launch_seconds
     assert 3 * 8 <= round(launches) <= 3 * 30
 
 

@@ -10,14 +10,8 @@ from cflow_fast.bench.aot import Kernel
 from cflow_fast.bench.compiled import Compiled, Loop
 from cflow_fast.bench.measurement import Ratio
 from cflow_fast.bench.prediction import CARDS
-from cflow_fast.bench.tune import (
-    Finding,
-    Times,
-    choose_by_measurement,
-)
-from cflow_fast.bench.tune_targets import (
-    Target,
-)
+from cflow_fast.bench.tune import Finding, Times, choose_by_measurement
+from cflow_fast.bench.tune_targets import Target
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import Config, Problem
 from cflow_fast.kernels.launch import Launch
@@ -35,7 +29,7 @@ TRITON_FASTER = Times(30.0e-6, 60.0e-6, Ratio(0.5, 0.49, 0.51))
 
 
 class StubTimer:
-    """Every launch takes 10 us, but for those of the configurations that `seconds` names."""
+    """Every launch takes 10 us, but for those that `slow` says otherwise of."""
 
     def __init__(
         self,
