@@ -268,7 +268,7 @@ _WHOLE_FLOW_HOPPER: dict[str, _WholeFlowTiles] = {
 _WHOLE_FLOW_AMPERE: dict[str, _WholeFlowTiles] = {
     "bf16": {
         64: (WholeFlowConfig(64, 32, 4, 2), WholeFlowConfig(32, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2)),
-        96: (WholeFlowConfig(64, 32, 4, 2, hard=True), WholeFlowConfig(16, 32, 4, 2)),
+        96: (WholeFlowConfig(64, 32, 8, 2, hard=True), WholeFlowConfig(16, 32, 4, 2)),
         128: (WholeFlowConfig(32, 32, 8, 2), WholeFlowConfig(16, 32, 4, 2)),
     },
     "tf32": {64: (WholeFlowConfig(32, 32, 4, 2), WholeFlowConfig(16, 32, 4, 2))},
