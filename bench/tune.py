@@ -236,10 +236,10 @@ class _Search:
     def side_by_side(self, family: Sequence[Sequence[Target]]) -> Iterator[Finding]:
         """Beside what was launched before anything was measured: what makes decoders slower is given back, unless
         others that launch the same gain more."""
-        faster: dict[Problem, list[Ratio]] = {}
+        compared: list[tuple[str, set[Problem], Ratio]] = []
         for group in family:
             standard = {problem: self._standard(problem) for problem in self._problems(group)}
-            changed = [p for p in standard if p in self.chosen and self.chosen[p] != standard[p]]
+            changed = {p for p in standard if p in self.chosen and self.chosen[p] != standard[p]}
             if not changed or self.is_over:
                 continue
             try:
@@ -249,14 +249,18 @@ class _Search:
             except Exception as error:
                 yield Finding(_label(group), note=f"decoders were not timed side by side: {_reason(error)}")
                 continue
-            if found.high < 1:
-                yield Finding(_label(group), note=f"side by side what is faster alone is slower, {found}: given back")
-            for problem in changed:
-                faster.setdefault(problem, []).append(found)
-        for problem, ratios in faster.items():
-            lost = any(ratio.high < 1 for ratio in ratios) and math.prod(ratio.median for ratio in ratios) < 1
+            compared.append((_label(group), changed, found))
+        lost = set()
+        for problem in set[Problem]().union(*(changed for _, changed, _ in compared)):
+            ratios = [found for _, changed, found in compared if problem in changed]
+            if any(ratio.high < 1 for ratio in ratios) and math.prod(ratio.median for ratio in ratios) < 1:
+                lost.add(problem)
+        for label, changed, found in compared:
+            if found.high < 1 and changed & lost:
+                yield Finding(label, note=f"side by side what is faster alone is slower, {found}: given back")
+        for problem in sorted(lost):
             config = self._standard(problem)
-            if lost and config in self.seconds[problem]:
+            if config in self.seconds[problem]:
                 yield self._choose(problem, config, problem.kernel)
 
     def backend(self, target: Target) -> Finding:

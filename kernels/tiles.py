@@ -3,7 +3,7 @@ a launch begins before the one that it waits for has ended.
 
 Of few rows a decoder is a chain of launches of a few microseconds each. EARLY: programs begin as soon as there is room
 for them and wait where they would read: half a microsecond from one launch to the next instead of one (programmatic
-dependent launch, Hopper on). Fetching weights to L2 meanwhile made decoders slower: what is read now queues behind it.
+dependent launch, Hopper on). Fetching weights to L2 in the meantime made decoders slower (bench/results).
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"

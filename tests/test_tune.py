@@ -274,7 +274,9 @@ def test_what_two_sets_launch_is_given_back_if_both_together_lose(gain: float, g
 
     timer.side_by_side = faster  # type: ignore[method-assign, assignment]
     hard = [replace(target, permutations="hard", beside="hard") for target in BESIDE]
-    table = table_of(measured(timer, *BESIDE, *hard), CHIP.name, 132, {})
+    found = measured(timer, *BESIDE, *hard)
+    assert any("given back" in finding.note for finding in found) == given_back
+    table = table_of(found, CHIP.name, 132, {})
     with tuning.trying({}):
         shared = {problem for target in hard for problem in target.launches(CHIP)}
     for problem, entry in table.kernels.items():
