@@ -156,6 +156,9 @@ MAX_SPLITS = 4
 LEAST_SPLIT = 16
 """Steps of a product that is split: until the sums of fewer have come together (bench/prediction) it would be done."""
 
+LEAST_OF_BOTH = 32
+"""Columns of s and of t together: Triton 3.6 multiplies fewer than 16 of either without wgmma."""
+
 BUSY = 0.45
 """Share of the multiprocessors that must have a tile before a larger one, with less traffic from L2, is preferred."""
 
@@ -179,7 +182,8 @@ def select_linear(
 
 
 def select_coupling(rows: int, inputs: int, half: int, precision: str, chip: Chip) -> CouplingConfig:
-    tile, split_k = _select(_tiles(precision, chip), rows, inputs, 2 * half, chip)
+    tiles = [tile for tile in _tiles(precision, chip) if tile[1] >= LEAST_OF_BOTH]
+    tile, split_k = _select(tiles, rows, inputs, 2 * half, chip)
     block_rows, block_out, block_k, warps, stages = tile
     return CouplingConfig(block_rows, block_out // 2, block_k, warps, stages, split_k, programs=_programs(tile))
 
@@ -369,6 +373,8 @@ def candidates(problem: Problem, chip: Chip) -> list[Config]:
             inputs, half = numbers
             for tile, split_k, programs in _product_candidates(rows, inputs, 2 * half, precision, chip):
                 block_rows, block_out, block_k, warps, stages = tile
+                if block_out < LEAST_OF_BOTH:
+                    continue
                 config = CouplingConfig(block_rows, block_out // 2, block_k, warps, stages, split_k, programs=programs)
                 found.append(config)
         case "whole_flow":

@@ -276,7 +276,7 @@ def test_few_rows_still_give_every_multiprocessor_work() -> None:
         for config, outputs in ((a, hidden), (b, half)):
             tiles = -(-rows // config.block_rows) * -(-outputs // config.block_out)
             assert 60 <= tiles <= 200
-            assert config.split_k == 1, "sums that are split come together later than smaller tiles are done"
+            assert config.split_k == 1 or hidden >= 16 * config.block_k, "sums that are split come together late"
 
 
 @pytest.mark.parametrize(
