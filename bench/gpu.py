@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,6 @@ CASE_SECONDS = 2.0
 """For all contenders of a case together, once they are made."""
 MOST_COMPARING, MOST_TUNING = 100.0, 100.0
 """Seconds for parity at once, and for tuning."""
-RUNS = 3
-"""Of the reference in parity: among the few positions of a coarse map one run's largest error says little."""
 
 
 def card_tests(suite: Suite) -> str:
@@ -120,8 +118,7 @@ def _parity(suite: Suite, name: str, sizes: Sequence[int]) -> str:
         for features, permute_soft in decoders:
             if time.monotonic() > until:
                 break
-            case = parity.random_case(features, permute_soft, device=CARD)
-            for row in parity.check(replace(case, runs=RUNS)):
+            for row in parity.check(parity.random_case(features, permute_soft, device=CARD)):
                 rows.append(row)
             compared += 1
     finally:  # what was compared before a failure is worth having
