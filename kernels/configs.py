@@ -221,7 +221,7 @@ class WholeFlowConfig:
     """Of kernels/whole_flow.py: rows a program carries through all blocks, hidden units it makes at a time.
 
     own_condition: whether the registers also hold what loose rows with a condition each need.
-    hard: for hard permutations alone, where soft ones need more registers; None for both.
+    hard: whether for hard permutations alone, where soft ones need more registers.
     """
 
     block_rows: int
@@ -229,7 +229,7 @@ class WholeFlowConfig:
     warps: int
     stages: int
     own_condition: bool = True
-    hard: bool | None = None
+    hard: bool = False
 
 
 ENOUGH_PROGRAMS = 96
@@ -300,7 +300,7 @@ def _whole_flow_tiles(
     half = features - features // 2
     tiles = (_WHOLE_FLOW_HOPPER if capability[0] == 9 else _WHOLE_FLOW_AMPERE).get(precision, {})
     widest = min((width for width in tiles if width >= half), default=0)
-    return [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and c.hard in (None, hard)]
+    return [c for c in tiles.get(widest, ()) if (c.own_condition or not own_condition) and (hard or not c.hard)]
 
 
 # What may be chosen from where it is predicted or measured.
