@@ -10,7 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_model
-from tuning_stubs import CHIP, EVEN, H100, NARROW, PLAIN_FASTER, TRITON_FASTER, WIDE, StubTimer, is_other, measured
+from tuning_stubs import (
+    CHIP,
+    EVEN,
+    H100,
+    NARROW,
+    PLAIN_FASTER,
+    TRITON_FASTER,
+    WIDE,
+    StubTimer,
+    is_other,
+    measured,
+    step,
+)
 
 from cflow_fast.bench import tune_card
 from cflow_fast.bench.cases import ENCODERS, HEADLINE_ENCODERS
@@ -88,7 +100,7 @@ def test_the_fastest_candidate_is_taken_where_it_is_clearly_faster() -> None:
     linear = {p: e for p, e in table.kernels.items() if p.kernel == "linear"}
     assert linear
     for problem, entry in linear.items():
-        assert entry.config.block_k == 64  # type: ignore[union-attr]
+        assert step(entry.config) == 64
         assert (entry.source, entry.measured_us) == ("measured", 5.0), problem
     assert timer.decoders[-1] == {p: e.config for p, e in table.kernels.items()}, "the decoder is timed as chosen"
 
@@ -174,7 +186,7 @@ BESIDE = [replace(WIDE, beside="soft"), replace(WIDE, features=384, beside="soft
 
 def lighter(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
     """Faster with every problem that takes 64 inputs a step."""
-    return 1e-4 * 0.9 ** sum(config.block_k == 64 for config in chosen.values())  # type: ignore[union-attr]
+    return 1e-4 * 0.9 ** sum(step(config) == 64 for config in chosen.values())
 
 
 def alone(launch: Launch) -> float:
@@ -187,17 +199,17 @@ def test_what_is_slower_alone_is_taken_where_decoders_side_by_side_are_faster() 
     table = table_of(measured(timer, *BESIDE), CHIP.name, 132, {})
     assert table.kernels
     for entry in table.kernels.values():
-        assert entry.config.block_k == 64  # type: ignore[union-attr]
+        assert step(entry.config) == 64
         assert entry.measured_us == 11.0
     usual = table_of(measured(StubTimer(slow=alone), *BESIDE), CHIP.name, 132, {})
-    assert all(entry.config.block_k == 128 for entry in usual.kernels.values())  # type: ignore[union-attr]
+    assert all(step(entry.config) == 128 for entry in usual.kernels.values())
 
 
 @pytest.mark.parametrize(("loses", "taken"), [(1.05, True), (1.2, False)])
 def test_a_problem_of_two_sets_of_decoders_is_settled_for_both(loses: float, taken: bool) -> None:
     def in_place(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
         factor = 0.9 if group[0].beside == "soft" else loses
-        return 1e-4 * factor ** sum(config.block_k == 64 for config in chosen.values())  # type: ignore[union-attr]
+        return 1e-4 * factor ** sum(step(config) == 64 for config in chosen.values())
 
     hard = [replace(target, permutations="hard", beside="hard") for target in BESIDE]
     table = table_of(measured(StubTimer(slow=alone, in_place=in_place), *BESIDE, *hard), CHIP.name, 132, {})
@@ -205,7 +217,7 @@ def test_a_problem_of_two_sets_of_decoders_is_settled_for_both(loses: float, tak
         shared = {problem for target in hard for problem in target.launches(CHIP)}
     assert shared < set(table.kernels)
     for problem, entry in table.kernels.items():
-        assert (entry.config.block_k == 64) == (taken or problem not in shared)  # type: ignore[union-attr]
+        assert (step(entry.config) == 64) == (taken or problem not in shared)
 
 
 def test_sets_of_decoders_that_share_a_problem_are_one_family() -> None:
@@ -216,12 +228,12 @@ def test_sets_of_decoders_that_share_a_problem_are_one_family() -> None:
 
 def test_a_configuration_that_fails_side_by_side_is_passed_over() -> None:
     def fails(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
-        if any(config.block_k == 64 for config in chosen.values()):  # type: ignore[union-attr]
+        if any(step(config) == 64 for config in chosen.values()):
             raise RuntimeError("out of resource")
         return 1e-4
 
     table = table_of(measured(StubTimer(slow=alone, in_place=fails), *BESIDE), CHIP.name, 132, {})
-    assert all(entry.config.block_k == 128 for entry in table.kernels.values())  # type: ignore[union-attr]
+    assert all(step(entry.config) == 128 for entry in table.kernels.values())
     assert len(table.decoders) == len(BESIDE)
 
 
@@ -262,17 +274,16 @@ def test_a_gain_that_is_gone_when_both_are_timed_again_is_none() -> None:
     """A clock that rises makes everything faster that is timed later."""
     times = (1e-4 * 0.9**n for n in range(10**6))
     table = table_of(measured(StubTimer(slow=alone, in_place=lambda *_: next(times)), *BESIDE), CHIP.name, 132, {})
-    assert all(entry.config.block_k == 128 for entry in table.kernels.values())  # type: ignore[union-attr]
+    assert all(step(entry.config) == 128 for entry in table.kernels.values())
 
 
 @pytest.mark.parametrize(("gain", "given_back"), [(1.05, True), (1.3, False)])
 def test_what_two_sets_launch_is_given_back_if_both_together_lose(gain: float, given_back: bool) -> None:
-    timer = StubTimer(slow=lambda launch: 5e-6 if is_other(launch) else 10e-6)
+    class Timer(StubTimer):
+        def side_by_side(self, group: Sequence[Target], *configs: object) -> Ratio:
+            return Ratio(gain, gain, gain) if group[0].beside == "soft" else Ratio(0.9, 0.85, 0.95)
 
-    def faster(group: Sequence[Target], standard: object, chosen: object) -> Ratio:
-        return Ratio(gain, gain, gain) if group[0].beside == "soft" else Ratio(0.9, 0.85, 0.95)
-
-    timer.side_by_side = faster  # type: ignore[method-assign, assignment]
+    timer = Timer(slow=lambda launch: 5e-6 if is_other(launch) else 10e-6)
     hard = [replace(target, permutations="hard", beside="hard") for target in BESIDE]
     found = measured(timer, *BESIDE, *hard)
     assert any("given back" in finding.note for finding in found) == given_back
@@ -280,7 +291,7 @@ def test_what_two_sets_launch_is_given_back_if_both_together_lose(gain: float, g
     with tuning.trying({}):
         shared = {problem for target in hard for problem in target.launches(CHIP)}
     for problem, entry in table.kernels.items():
-        returned = entry.config.block_k == 128  # type: ignore[union-attr]
+        returned = step(entry.config) == 128
         assert returned == (given_back and problem in shared)
 
 

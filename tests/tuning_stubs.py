@@ -13,7 +13,7 @@ from cflow_fast.bench.prediction import CARDS
 from cflow_fast.bench.tune import Finding, Times, choose_by_measurement
 from cflow_fast.bench.tune_targets import Target
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import Config, Problem
+from cflow_fast.kernels.configs import Config, CouplingConfig, LinearConfig, Problem
 from cflow_fast.kernels.launch import Launch
 
 CHIP = Chip((9, 0), 132, "Some Card")
@@ -64,6 +64,12 @@ class StubTimer:
 def measured(timer: StubTimer, *wanted: Target, minutes: float = 1.0, **options: object) -> list[Finding]:
     until = time.monotonic() + 60 * minutes
     return list(choose_by_measurement(wanted or (WIDE,), CHIP, timer, until, **options))  # type: ignore[arg-type]
+
+
+def step(config: Config | None) -> int:
+    """Inputs that a product takes at a time."""
+    assert isinstance(config, (LinearConfig, CouplingConfig))
+    return config.block_k
 
 
 def is_other(launch: Launch) -> bool:
