@@ -8,8 +8,9 @@ and stores an operand as it is: its rounding is done, so that the interpreter's 
 PRECISION is one of "ieee", "tf32", "tf32x3" (operands in fp32) and "bf16" (operands in bf16); sums are always fp32.
 "tf32x3" takes every factor as two operands, itself and what rounding left of it. Triton has such products too, which
 split the weights anew in every tile; here they are stored in two parts. Matrix units cut sums off where an addition
-rounds, so that what is lost always has one sign, over 30 times as much on a card at D = 1024. Where digits are kept, a
-few steps begin at zero and are added by a rounding addition; weights make up for the rest (`phase_weights.CUT_OFF`).
+rounds, so that what is lost always has one sign: carried through all inputs, sums lost over 30 times as much on a card
+at D = 1024. Where digits are kept, a few steps begin at zero and are added to the sum by a rounding addition; weights
+make up for most of what a part still loses (`phase_weights.CUT_OFF`).
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
