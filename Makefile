@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typed
 CARD := build/card
+ANOMALIB := build/anomalib
+PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # cflow_fast with kernels and bench in it, as it is installed, without an installation: a folder to import it from.
 define linked
@@ -12,7 +14,7 @@ rm -rf $(1) && mkdir -p $(1)/cflow_fast
 ln -s $(CURDIR)/cflow_fast/* $(CURDIR)/kernels $(CURDIR)/bench $(1)/cflow_fast
 endef
 
-.PHONY: demo test test-real lint format bench-cpu aot gpu parity clean
+.PHONY: demo test test-real test-anomalib lint format bench-cpu aot gpu parity clean
 OTHER_TRITON := 3.6.0
 
 demo: $(READY)
@@ -25,6 +27,18 @@ test: $(READY)
 # Trains on MVTec AD's bottle. CFLOW_FAST_DATA: a folder with mvtec/bottle; CFLOW_FAST_WEIGHTS: one with encoder weights.
 test-real: $(READY)
 	$(BIN)/python -m pytest -m real -rs -s
+
+# With anomalib itself, in an environment of its own upon the other one.
+test-anomalib: $(ANOMALIB)/.ready
+	$(ANOMALIB)/bin/python -c "import anomalib.models.image.cflow.torch_model"
+	$(ANOMALIB)/bin/python -m pytest tests/test_anomalib.py
+
+$(ANOMALIB)/.ready: $(READY)
+	$(PYTHON) -m venv $(ANOMALIB)
+	echo "import site; site.addsitedir('$$($(CURDIR)/$(BIN)/python -c $(PACKAGES))')" \
+	    > "$$($(ANOMALIB)/bin/python -c $(PACKAGES))/beside.pth"
+	$(ANOMALIB)/bin/python -m pip install --quiet 'anomalib==2.7.*'
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ class FoldedDecoder(nn.Module):
     Its weights are buffers; `arithmetic` says what it stores and multiplies in. On its first use on a device it makes
     a working copy there, in the layout that is fastest (and in float32 where bf16 cannot be multiplied).
 
-    It has no inverse, no gradients and no training mode: keep the FlowDecoder for those. Under torch.compile and
-    torch.export `log_prob` is one op, `cflow_fast::flow_log_prob`, and a call another, `cflow_fast::flow_rows`.
+    It has no inverse, no gradients and no training mode (`train()` changes nothing): keep the FlowDecoder for those.
+    Under torch.compile and torch.export `log_prob` is one op, `cflow_fast::flow_log_prob`, and a call another,
+    `cflow_fast::flow_rows`.
     """
 
     def __init__(self, weights: FlowWeights, precision: str) -> None:
@@ -110,8 +112,7 @@ class FoldedDecoder(nn.Module):
         return FlowDescription(self._mixing_kind, **self._constants, precision=self.precision)
 
     def train(self, mode: bool = True) -> FoldedDecoder:
-        if mode:
-            raise RuntimeError("a folded decoder cannot be trained: train the FlowDecoder that it was folded from")
+        """It stays in evaluation: models that hold it switch back and forth (anomalib's at the end of every call)."""
         return super().train(False)
 
     def extra_repr(self) -> str:
@@ -138,7 +139,7 @@ def _prepare(weights: FlowWeights, precision: str) -> Flow:
     return ops.prepare_flow(weights, arithmetic(precision, weights.device))
 
 
-registration.use(FlowDispatch(_prepare, encoding_factors))
+registration.use(FlowDispatch(_prepare, functools.lru_cache(maxsize=32)(encoding_factors)))
 
 
 def _refuse_gradients(*tensors: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""PaDiM and SPADE against brute force in float64, and against anomalib's PaDiM where it is installed."""
+"""PaDiM and SPADE against brute force in float64."""
 
 from __future__ import annotations
 
@@ -136,24 +136,3 @@ def test_what_cannot_be_done_is_said(encoder: Encoder, good: Tensor, monkeypatch
         PaDiM(encoder, 8).fit([good])
     with pytest.raises(maps.NotEnoughMemoryError, match="SPADE's gallery needs"):
         SPADE(encoder).fit([good])
-
-
-def test_padim_agrees_with_anomalibs(good: Tensor) -> None:
-    theirs = pytest.importorskip("anomalib.models.image.padim.torch_model", reason="needs anomalib: pip install it")
-    torch.manual_seed(0)
-    layers = ["layer1", "layer2", "layer3"]
-    reference = theirs.PadimModel("resnet18", layers, pre_trained=False, n_features=40)
-    encoder = Encoder("resnet18", layers, pretrained=False)
-    loaded = encoder.network.load_state_dict(reference.feature_extractor.feature_extractor.state_dict(), strict=False)
-    assert not loaded.missing_keys
-    ours = PaDiM(encoder, 40)
-    ours.selected = reference.idx.clone()
-    normalised = (good - encoder.mean) / encoder.std  # anomalib's model takes normalised images
-    reference.train()
-    reference.feature_extractor.eval()
-    reference(normalised[:10])
-    reference.fit()
-    reference.eval()
-    expected = reference(normalised[10:]).anomaly_map.squeeze(1)
-    found = ours.fit([good[:10]]).anomaly_map(good[10:])
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)  # covariances inverted in float32 cost it 5e-4

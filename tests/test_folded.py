@@ -31,14 +31,13 @@ def test_inverse_is_refused() -> None:
         rough_decoder(FEATURES).fold("fp32")(torch.randn(2, FEATURES), [torch.randn(2, CONDITION)], rev=True)
 
 
-def test_training_is_refused_and_eval_is_not() -> None:
+def test_it_stays_in_evaluation_whatever_mode_its_model_is_in() -> None:
     folded = rough_decoder(FEATURES).train().fold("fp32")
     assert not folded.training
-    assert folded.eval() is folded
     for module in (folded, torch.nn.Sequential(folded)):
-        with pytest.raises(RuntimeError, match="cannot be trained: train the FlowDecoder"):
-            module.train()
-    assert not folded.training
+        for mode in (True, False, True):
+            assert module.train(mode) is module
+            assert not folded.training
 
 
 def test_gradients_are_refused_where_they_would_silently_be_missing() -> None:
