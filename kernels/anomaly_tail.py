@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import TailConfig
-from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.launch import Launch, cdiv
 from cflow_fast.kernels.tuning import select_tail
 
 NOTHING_FINITE = -1
@@ -97,7 +97,7 @@ def plan_tail(
         "ROWS": config.rows,
         "COLUMNS": config.columns,
     }
-    programs = batch * triton.cdiv(height, config.rows) * triton.cdiv(width, config.columns)
+    programs = batch * cdiv(height, config.rows) * cdiv(width, config.columns)
     return Launch(tail_kernel, (programs,), args, constexprs, _options(config.warps))
 
 
@@ -116,7 +116,7 @@ def plan_finish(result: Tensor, highest_bits: Tensor, score_bits: Tensor, config
         "score_ptr": score_bits,
         "pixels": height * width,
     }
-    programs = batch * triton.cdiv(height * width, config.block)
+    programs = batch * cdiv(height * width, config.block)
     return Launch(finish_kernel, (programs,), args, {"BLOCK": config.block}, _options(config.block_warps))
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ WARM_UP_CALLS = 2
 """The first compiles kernels and lets libraries choose algorithms, the second sees what is then left to allocate."""
 CAPTURE_ATTEMPTS = 3
 """Of a layout, before its function runs without a graph for good."""
+REMEMBERED = 256
+"""Layouts that came once, before a patient cache forgets them all."""
 
 
 def side_by_side(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
@@ -67,30 +69,33 @@ class GraphCache:
 
     function: tensors on one device to a tuple of new tensors, with the same launches whatever the values are.
     capacity: how many layouts are kept; the one unused for longest is dropped.
+    patient: for calls whose layouts may never come again. One is captured when it comes for the second time, and none
+    is dropped: with `capacity` of them there, the function runs as it is for all others.
 
     Safe from several threads and on any stream: a replay is queued on the caller's current stream, results are copies.
     Where capturing fails the function runs as it is, which is said once; it is tried again a few times, since another
     thread may have been in its way. Inputs on a CPU just go to the function, and so does a call inside somebody else's
-    capture.
+    capture, or while another cache warms up its own function.
     """
 
-    def __init__(self, function: Function, capacity: int = 8) -> None:
+    def __init__(self, function: Function, capacity: int = 8, patient: bool = False) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is at least 1, got {capacity}")
         self.function = function
-        self.capacity = capacity
+        self.capacity, self.patient = capacity, patient
+        self._seen: set[Key] = set()
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._failures: Counter[Key] = Counter()
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         device = inputs[0].device
-        if device.type != "cuda" or in_capture(device):
+        if device.type != "cuda" or in_capture(device) or _is_warming_up():
             return self.function(*inputs)
         key = _layout(inputs)
         with torch.cuda.device(device):  # the current stream is that of the current device
             results = self._replayed(key, inputs)
-            if results is None and self._failures[key] < CAPTURE_ATTEMPTS:
+            if results is None and self._is_captured_now(key):
                 with _capturing:  # before the lock, which a function that is captured may want, too
                     self._capture(key, inputs)
                 results = self._replayed(key, inputs)
@@ -100,6 +105,7 @@ class GraphCache:
         """Drop every graph and its memory, after the card has finished with it."""
         with self._lock:
             self._failures.clear()
+            self._seen.clear()
             self._keep_at_most(0)
 
     def _replayed(self, key: Key, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -110,6 +116,20 @@ class GraphCache:
                 return None
             self._graphs.move_to_end(key)
             return graph.replay(inputs)
+
+    def _is_captured_now(self, key: Key) -> bool:
+        """Whether it is time for a layout's graph, which there is none of."""
+        with self._lock:
+            if self._failures[key] >= CAPTURE_ATTEMPTS:
+                return False
+            if not self.patient:
+                return True
+            again = key in self._seen
+            if not again:
+                if len(self._seen) >= REMEMBERED:
+                    self._seen.clear()
+                self._seen.add(key)
+            return again and len(self._graphs) < self.capacity
 
     def _capture(self, key: Key, inputs: tuple[Tensor, ...]) -> None:
         if key in self._graphs:  # another thread was first
@@ -154,37 +174,67 @@ class _Graph:
             self.device = device = inputs[0].device
             current, stream = torch.cuda.current_stream(device), _stream(device, "capture", 0)
             stream.wait_stream(current)  # the clones above
-            with torch.cuda.stream(stream):  # nothing can be captured on the default stream, nor warmed up for it there
+            # Nothing can be captured on the default stream, nor warmed up for it there.
+            with torch.cuda.stream(stream), _warming_up():
                 for _ in range(WARM_UP_CALLS):
                     function(*self.inputs)
             self.graph = torch.cuda.CUDAGraph()
             with _capture(self.graph, stream):
                 self.outputs = function(*self.inputs)
             current.wait_stream(stream)
-            self.done = current.record_event()
+            with _replaying:
+                _wait_for_the_last(device, current)
+                _is_the_last(device, current)  # a first replay on another stream comes after all this
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         current = torch.cuda.current_stream(self.device)
         with _replaying:
-            for earlier in (self.done, _last_replay.get(self.device)):  # they may have been queued on other streams
-                if earlier is not None:
-                    current.wait_event(earlier)
-            for fixed, tensor in zip(self.inputs, inputs, strict=True):
-                fixed.copy_(tensor)
+            _wait_for_the_last(self.device, current)
+            torch._foreach_copy_(self.inputs, inputs)  # one call for all: of one image it is calls that take time
             self.graph.replay()
-            results = tuple(output.clone() for output in self.outputs)
-            self.done = _last_replay[self.device] = current.record_event()
+            results = tuple(torch.empty_like(output) for output in self.outputs)
+            torch._foreach_copy_(results, self.outputs)
+            _is_the_last(self.device, current)
         return results
 
     def finish(self) -> None:
-        self.done.synchronize()
+        """Wait for its last replay, which no later one of any graph has overtaken."""
+        with _replaying:
+            last = _last_replay[self.device]
+        last.synchronize()
 
 
 _capturing = threading.RLock()
 """Held while a graph is made: another thread's capture would synchronize with the card in the middle of it."""
+_warm_up = threading.local()
 _replaying = threading.Lock()
 _last_replay: dict[torch.device, torch.cuda.Event] = {}
 """Of any graph on a device: graphs share the workspaces of libraries, so they run one after the other."""
+
+
+@contextmanager
+def _warming_up() -> Iterator[None]:
+    """Within it this thread's functions run without graphs of their own, which the one being made has no use for."""
+    before, _warm_up.under_way = _is_warming_up(), True
+    try:
+        yield
+    finally:
+        _warm_up.under_way = before
+
+
+def _is_warming_up() -> bool:
+    return getattr(_warm_up, "under_way", False)
+
+
+def _wait_for_the_last(device: torch.device, current: torch.cuda.Stream) -> None:
+    last = _last_replay.get(device)
+    if last is not None:
+        current.wait_event(last)  # it may have been queued on another stream
+
+
+def _is_the_last(device: torch.device, current: torch.cuda.Stream) -> None:
+    """The one event of a device is recorded again: whoever waits for an earlier recording still waits for that."""
+    _last_replay[device] = current.record_event(_last_replay.get(device))
 
 
 def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> AbstractContextManager[None]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 
 from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.launch import cdiv, power_of_two
 from cflow_fast.kernels.rows import Rows
 
 TAIL_WARPS = 4 * 132
@@ -39,10 +39,10 @@ def select_tail(scales: int, batch: int, height: int, width: int) -> TailConfig:
 
     A thread has four columns of up to four scales, two of more: registers hold two source rows of every scale.
     """
-    columns = min(128, max(32, triton.next_power_of_2(width)))
+    columns = min(128, max(32, power_of_two(width)))
     warps = 1 if scales <= 4 else max(1, columns // 64)
-    strips = batch * triton.cdiv(width, columns) * warps
-    rows = next((rows for rows in (32, 16, 8) if strips * triton.cdiv(height, rows) >= TAIL_WARPS), 4)
+    strips = batch * cdiv(width, columns) * warps
+    rows = next((rows for rows in (32, 16, 8) if strips * cdiv(height, rows) >= TAIL_WARPS), 4)
     return TailConfig(rows, columns, warps)
 
 
@@ -196,16 +196,16 @@ def _select(tiles: list[Tile], rows: int, inputs: int, outputs: int, chip: Chip)
     """The largest tile that keeps the card busy; where none does, the smallest, its inputs split if they are many."""
 
     def count(tile: Tile) -> int:
-        return triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1])
+        return cdiv(rows, tile[0]) * cdiv(outputs, tile[1])
 
     tile = next((tile for tile in tiles if count(tile) >= BUSY * chip.multiprocessors), tiles[-1])
     if tile != tiles[-1]:
         return tile, 1
-    steps = triton.cdiv(inputs, tile[2])
+    steps = cdiv(inputs, tile[2])
     if steps < LEAST_SPLIT:
         return tile, 1
     splits = min(MAX_SPLITS, steps, max(1, round(0.75 * chip.multiprocessors / count(tile))))
-    return tile, triton.cdiv(steps, triton.cdiv(steps, splits))
+    return tile, cdiv(steps, cdiv(steps, splits))
 
 
 def _programs(tile: Tile) -> int:
@@ -399,7 +399,7 @@ def _product_candidates(
         shared = _shared_bytes(tile, precision)
         if shared > limit or (tile[0] > 64 and tile[0] >= 2 * rows):
             continue
-        tiles = triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1])
+        tiles = cdiv(rows, tile[0]) * cdiv(outputs, tile[1])
         programs = {_programs(tile)}
         if tile[0] * tile[1] <= 128 * 128 and 2 * shared <= limit:
             programs.add(2)
@@ -410,8 +410,8 @@ def _product_candidates(
 
 def _no_idle(inputs: int, tile: Tile, split_k: int) -> bool:
     """Whether every split has a share of the inputs."""
-    steps = triton.cdiv(inputs, tile[2])
-    return triton.cdiv(steps, triton.cdiv(steps, split_k)) == split_k
+    steps = cdiv(inputs, tile[2])
+    return cdiv(steps, cdiv(steps, split_k)) == split_k
 
 
 def _shared_bytes(tile: Tile, precision: str) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.configs import CouplingConfig, adds_in_parts, how_taken
 from cflow_fast.kernels.lang import INTERPRET, add_product, operand, taken, tanh
-from cflow_fast.kernels.launch import Launch, Scratch
+from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
     arrives_last,
@@ -98,7 +98,7 @@ def coupling_launch(
     assert (low is not None) == (precision == "tf32x3")
     takes = how_taken(precision)
     half, rows = weight.shape[0] // 2, source.active.count
-    row_tiles, out_tiles = triton.cdiv(rows, config.block_rows), triton.cdiv(half, config.block_out)
+    row_tiles, out_tiles = cdiv(rows, config.block_rows), cdiv(half, config.block_out)
     tiles, splits = row_tiles * out_tiles, config.split_k > 1
     sums = 2 * tiles * config.split_k * config.block_rows * config.block_out
     reads, writes, carried = source.active, (target or source).active, target.passive if target else None

@@ -58,6 +58,9 @@ class CpuFlow:
         c = None if condition is None else condition.float().contiguous().resolve_neg()
         return self._run(z.float().resolve_neg()[:, :, None, None], c, None, want_u)
 
+    def launches_once(self, rows: int, own_condition: bool) -> bool:
+        return True
+
     @torch.compiler.disable  # it passes addresses
     def _run(
         self, features: Tensor, condition: Tensor | None, tables: tuple[Tensor, Tensor] | None, want_u: bool

@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds outside of a kernel, and a launch needs several."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The first that is no less than n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Launch:
     """kernel[grid](**args, **constexprs, **options)."""

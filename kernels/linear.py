@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.configs import LinearConfig, adds_in_parts, how_taken
 from cflow_fast.kernels.lang import activated_operand, add_product, operand, taken
-from cflow_fast.kernels.launch import Launch, Scratch
+from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
     arrives_last,
@@ -95,8 +95,8 @@ def linear_launch(
     takes = takes or how_taken(precision, x)
     (outputs, inputs), y_outputs = weight.shape, y.shape[1]
     assert (outputs > y_outputs) == (beyond is not None)
-    row_tiles = triton.cdiv(x.count, config.block_rows)
-    out_tiles = triton.cdiv(y_outputs, config.block_out) + triton.cdiv(outputs - y_outputs, config.block_out)
+    row_tiles = cdiv(x.count, config.block_rows)
+    out_tiles = cdiv(y_outputs, config.block_out) + cdiv(outputs - y_outputs, config.block_out)
     units = row_tiles * out_tiles * config.split_k
     splits = config.split_k > 1
     positions = bias if isinstance(bias, Positions) else None

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import LinearConfig, ReductionConfig, adds_in_parts, begins_early, how_taken
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
-from cflow_fast.kernels.launch import Launch, Scratch
+from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
 from cflow_fast.kernels.phase_weights import PhaseWeights, is_joined
 from cflow_fast.kernels.reduction import reduction_launch
@@ -45,9 +44,9 @@ class Phases:
             self.scratch.counters(1)  # now: a launch can be early only after another one
         self.joined = is_joined(prepared.precision)
         self.makes_v = self._config(half, hidden + half) if self.joined else self._config(half, half, "split")
-        self.tiles = triton.cdiv(half, self.coupling.block_out)
-        self.v_tiles = 0 if prepared.norm_passive else triton.cdiv(half, self.makes_v.block_out)
-        self.padded_rows = triton.cdiv(rows, ROW_PADDING) * ROW_PADDING
+        self.tiles = cdiv(half, self.coupling.block_out)
+        self.v_tiles = 0 if prepared.norm_passive else cdiv(half, self.makes_v.block_out)
+        self.padded_rows = cdiv(rows, ROW_PADDING) * ROW_PADDING
         self.hidden = self.empty(self.padded_rows, hidden)
         self.sums = self.empty(
             (prepared.weights.blocks + 1) * self.tiles + self.v_tiles, self.padded_rows, dtype=torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.configs import POINTWISE
 from cflow_fast.kernels.lang import operand, tanh
-from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.launch import Launch, cdiv
 
 
 def coupled(s_and_t: Tensor, x2: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def coupled(s_and_t: Tensor, x2: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
     """
     active, rows = x2.shape
     y2 = torch.empty(x2.shape, dtype=torch.float32, device=x2.device)
-    sums = torch.empty(triton.cdiv(active, POINTWISE.block_features), rows, dtype=torch.float32, device=x2.device)
+    sums = torch.empty(cdiv(active, POINTWISE.block_features), rows, dtype=torch.float32, device=x2.device)
     if rows:
         coupled_launch(s_and_t, x2, clamp, y2, sums).run()
     return y2, sums.sum(0)
@@ -52,7 +52,7 @@ def rotated_launch(v: Tensor, w: Tensor, cosine: Tensor, sine: Tensor, q: Tensor
 
 def _launch(kernel: Any, args: dict[str, Any], operands: Tensor) -> Launch:
     features, rows = args["features"], args["rows"]
-    grid = (triton.cdiv(rows, POINTWISE.block_rows), triton.cdiv(features, POINTWISE.block_features))
+    grid = (cdiv(rows, POINTWISE.block_rows), cdiv(features, POINTWISE.block_features))
     tile = {"BLOCK_FEATURES": POINTWISE.block_features, "BLOCK_ROWS": POINTWISE.block_rows}
     precision = "bf16" if operands.dtype == torch.bfloat16 else "ieee"
     return Launch(

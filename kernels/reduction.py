@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cflow_fast.kernels.configs import ReductionConfig
-from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.launch import Launch, cdiv
 from cflow_fast.kernels.tiles import wait_for_earlier
 
 
@@ -46,7 +46,7 @@ def reduction_launch(
     }
     constexprs = {"EARLY": early, "BLOCK_TILES": config.block_tiles, "BLOCK_ROWS": config.block_rows}
     options = {"num_warps": config.warps} | ({"launch_pdl": True} if early else {})
-    grid = (triton.cdiv(rows, config.block_rows),)
+    grid = (cdiv(rows, config.block_rows),)
     return Launch(reduction_kernel, grid, args, constexprs, options)
 
 

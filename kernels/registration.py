@@ -7,6 +7,8 @@
 A folded decoder goes in as its tensors in the order of `FlowWeights.tensors` and the numbers beside them, no handle:
 an exported program carries all it needs. What an implementation makes of them (packed or padded copies, positional
 tables) is made on the first call and found again by where the tensors lie; it lives as long as the first of them.
+On a GPU a decoder's calls of few rows, whose launches take the host longer than the card, become CUDA graphs when they
+come again.
 
 None of the ops has gradients. Results never share memory with inputs.
 """
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast.kernels import anomaly_map as torch_anomaly_map
+from cflow_fast.kernels.capture import GraphCache
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.weights import MIXINGS, FlowWeights
 
@@ -42,6 +45,9 @@ class Flow(Protocol):
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor: ...
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult: ...
+
+    def launches_once(self, rows: int, own_condition: bool) -> bool:
+        """Whether so many rows are one call of compiled code, with nothing to be gained by a graph."""
 
 
 class FlowDescription(NamedTuple):
@@ -98,10 +104,10 @@ def flow_rows(
 
 def prepared_flow(tensors: Sequence[Tensor], description: FlowDescription) -> Flow:
     """The flow of these weights, made on first use: the one that the ops run."""
-    return _flows.get(tensors, description)
+    return _flows.get(tensors, description).flow
 
 
-def _run(flow: Flow, features: Tensor, condition: Tensor | None) -> Tensor:
+def _log_prob(flow: Flow, features: Tensor, condition: Tensor | None = None) -> Tensor:
     """What `flow_log_prob` computes, whatever autocast says around it: a folded decoder has its own precision."""
     with without_autocast(features.device):
         if features.dim() == 2:
@@ -109,6 +115,14 @@ def _run(flow: Flow, features: Tensor, condition: Tensor | None) -> Tensor:
         channels = flow.weights.condition
         encoding = _dispatch[0].encoding(channels, *features.shape[2:]) if channels else None
         return flow.log_prob_map(features, encoding)
+
+
+def _rows(flow: Flow, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What `flow_rows` computes."""
+    with without_autocast(z.device):
+        result = flow.rows(z, condition, want_u=True)
+    assert result.u is not None
+    return result.u.to(result.log_det.dtype).contiguous(), result.log_det
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -150,7 +164,7 @@ def _fake_anomaly_map(
 
 
 def _flow_log_prob(features: Tensor, condition: Tensor | None, weights: list[Tensor], *described: Any) -> Tensor:
-    return _run(prepared_flow(weights, FlowDescription(*described)), features, condition)
+    return _flows.get(weights, FlowDescription(*described)).log_prob(features, condition)
 
 
 def _fake_flow_log_prob(features: Tensor, condition: Tensor | None, weights: list[Tensor], *described: Any) -> Tensor:
@@ -160,11 +174,7 @@ def _fake_flow_log_prob(features: Tensor, condition: Tensor | None, weights: lis
 
 
 def _flow_rows(z: Tensor, condition: Tensor | None, weights: list[Tensor], *described: Any) -> tuple[Tensor, Tensor]:
-    flow = prepared_flow(weights, FlowDescription(*described))
-    with without_autocast(z.device):
-        result = flow.rows(z, condition, want_u=True)
-    assert result.u is not None
-    return result.u.to(result.log_det.dtype).contiguous(), result.log_det
+    return _flows.get(weights, FlowDescription(*described)).rows(z, condition)
 
 
 def _fake_flow_rows(
@@ -183,6 +193,42 @@ def _names(count: int, mixing: str) -> list[str]:
     return own + others
 
 
+GRAPH_ELEMENTS = 1 << 22
+"""Features of a call, rows times D, up to which its launches may become a graph: 8 images of WideResNet-50's largest
+scale at 256 px, by which time the card takes about as long as the launches; and a graph has a workspace of its own."""
+GRAPHS = 4
+"""Of a decoder's calls, at most."""
+
+
+class _Prepared:
+    """A flow made ready to run; of weights as they were in these versions."""
+
+    def __init__(self, flow: Flow, versions: list[int]) -> None:
+        self.flow, self.versions = flow, versions
+        self._log_probs = GraphCache(lambda *inputs: (_log_prob(flow, *inputs),), GRAPHS, patient=True)
+        self._rows = GraphCache(lambda *inputs: _rows(flow, *inputs), GRAPHS, patient=True)
+
+    def log_prob(self, features: Tensor, condition: Tensor | None) -> Tensor:
+        if not self._takes_graphs(features, condition):
+            return _log_prob(self.flow, features, condition)
+        return self._log_probs(*_given(features, condition))[0]
+
+    def rows(self, z: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self._takes_graphs(z, condition):
+            return _rows(self.flow, z, condition)
+        u, log_det = self._rows(*_given(z, condition))
+        return u, log_det
+
+    def _takes_graphs(self, features: Tensor, condition: Tensor | None) -> bool:
+        if features.device.type != "cuda" or not 0 < features.numel() <= GRAPH_ELEMENTS:
+            return False
+        return not self.flow.launches_once(features.numel() // features.shape[1], condition is not None)
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 class _PreparedFlows:
     """Flows by the memory of their weights.
 
@@ -191,24 +237,24 @@ class _PreparedFlows:
     """
 
     def __init__(self) -> None:
-        self._flows: dict[tuple[Any, ...], tuple[list[int], Flow]] = {}
+        self._flows: dict[tuple[Any, ...], _Prepared] = {}
         self._lock = threading.Lock()
 
-    def get(self, tensors: Sequence[Tensor], description: FlowDescription) -> Flow:
+    def get(self, tensors: Sequence[Tensor], description: FlowDescription) -> _Prepared:
         key = (description, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors))
         versions = [0 if t.is_inference() else t._version for t in tensors]
         found = self._flows.get(key)
-        if found is not None and found[0] == versions:
-            return found[1]
+        if found is not None and found.versions == versions:
+            return found
         with self._lock:
             found = self._flows.get(key)
-            if found is None or found[0] != versions:
+            if found is None or found.versions != versions:
                 if found is None:
                     weakref.finalize(tensors[0], self._flows.pop, key, None).atexit = False
                 weights = as_weights([t.detach() for t in tensors], description)
-                found = versions, _dispatch[0].prepare(weights, description.precision)
+                found = _Prepared(_dispatch[0].prepare(weights, description.precision), versions)
                 self._flows[key] = found
-            return found[1]
+            return found
 
 
 _flows = _PreparedFlows()

@@ -85,8 +85,8 @@ class TritonFlow:
         finish(self.weights.device)
         return prepared
 
-    def runs_whole(self, rows: int, own_condition: bool = False) -> bool:
-        """Whether so many rows run in one kernel."""
+    def launches_once(self, rows: int, own_condition: bool) -> bool:
+        """Whether so many rows run whole, in one kernel."""
         return self._whole_config(rows, own_condition) is not None
 
     def _whole_config(self, rows: int, own_condition: bool = False) -> WholeFlowConfig | None:

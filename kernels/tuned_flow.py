@@ -49,6 +49,10 @@ class TunedFlow:
                     return self._plain.rows(z, condition, want_u)
         return self.triton.rows(z, condition, want_u)
 
+    def launches_once(self, rows: int, own_condition: bool) -> bool:
+        once = self.triton.launches_once(rows, own_condition)
+        return once and (own_condition or self.backend(rows) == "triton")
+
     def backend(self, rows: int) -> str:
         """What the table names for so many positions at once."""
         weights = self.weights
@@ -67,7 +71,7 @@ class TunedFlow:
 
     def _unmeasured(self, rows: int, own_condition: bool = False) -> str:
         """What is taken where no table says."""
-        wide = self.triton.precision == "ieee" and not self.triton.runs_whole(rows, own_condition)
+        wide = self.triton.precision == "ieee" and not self.triton.launches_once(rows, own_condition)
         return "plain" if wide and self._as_measured() else "triton"
 
     def plain(self) -> TorchFlow:

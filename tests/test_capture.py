@@ -38,9 +38,11 @@ class Stream:
     card: Card
     name: str
 
-    def record_event(self) -> Event:
+    def record_event(self, event: Event | None = None) -> Event:
         self.card.log.append((self.name, "record"))
-        return Event(self.card, self.name)
+        event = event or Event(self.card, self.name)
+        event.recorded_on = self.name
+        return event
 
     def wait_event(self, event: Event) -> None:
         self.card.log.append((self.name, f"wait for {event.recorded_on}"))
@@ -74,12 +76,15 @@ class OnCard:
     def clone(self, memory_format: Any = None) -> OnCard:
         return OnCard(self.card, self.values.clone())
 
-    def copy_(self, other: OnCard) -> None:
-        self.card.log.append((self.card.current[-1].name, "copy input"))
-        self.values.copy_(other.values)
-
     def record_stream(self, stream: Stream) -> None:
         self.used_on.append(stream.name)
+
+
+def copy_all(places: tuple[OnCard, ...], tensors: tuple[OnCard, ...]) -> None:
+    card = places[0].card
+    card.log.append((card.current[-1].name, "copy"))
+    for place, tensor in zip(places, tensors, strict=True):
+        place.values.copy_(tensor.values)
 
 
 class FakeGraph:
@@ -133,6 +138,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(card))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
+    monkeypatch.setattr(torch, "_foreach_copy_", copy_all)
+    monkeypatch.setattr(torch, "empty_like", OnCard.clone)
     monkeypatch.setattr(capture, "_stream_pool", {})
     monkeypatch.setattr(capture, "_last_replay", {})
     return card
@@ -235,10 +242,11 @@ def test_a_replay_waits_for_the_last_one_wherever_it_was_queued(card: Card, cach
     start = len(card.log)
     cache(on_card(card, 3))
     card.current.pop()
-    assert card.log[start] == card.log[start + 1] == ("another thread's", "wait for caller's")
-    assert card.log[start + 2 :] == [
-        ("another thread's", "copy input"),
+    assert card.log[start:] == [
+        ("another thread's", "wait for caller's"),
+        ("another thread's", "copy"),
         ("another thread's", "replay"),
+        ("another thread's", "copy"),
         ("another thread's", "record"),
     ]
 
@@ -260,6 +268,48 @@ def test_the_graph_unused_for_longest_is_dropped_after_the_card_has_finished_wit
     kept = [key[0][2] for key in cache._graphs]  # type: ignore[index]
     assert kept == [(1,), (3,)]
     assert ("host", "synchronize with caller's") in card.log
+
+
+def count(card: Card, action: str) -> int:
+    return [done for _, done in card.log].count(action)
+
+
+def test_a_patient_cache_captures_what_comes_again_and_drops_nothing(card: Card, cache: GraphCache) -> None:
+    cache.patient = True
+    for size in (1, 2, 3):
+        (result,) = cache(on_card(card, size, value=3.0))
+        assert result.values.tolist() == [6.0] * size
+    assert (count(card, "run"), count(card, "capture")) == (3, 0)
+    for size in (1, 2, 3, 3):  # two find room
+        cache(on_card(card, size))
+    assert (count(card, "capture"), count(card, "replay")) == (2, 2)
+    cache(on_card(card, 1))
+    assert (count(card, "capture"), count(card, "replay")) == (2, 3)
+    cache.clear()
+    cache(on_card(card, 3))
+    cache(on_card(card, 3))
+    assert count(card, "capture") == 3
+
+
+def test_a_patient_cache_remembers_no_more_than_it_may(
+    card: Card, cache: GraphCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "REMEMBERED", 2)
+    cache.patient = True
+    for size in (1, 2, 3, 1, 2, 3):
+        cache(on_card(card, size))
+    assert count(card, "capture") == 0
+    assert len(cache._seen) <= 2
+
+
+def test_while_a_function_warms_up_what_it_calls_makes_no_graphs(card: Card, cache: GraphCache) -> None:
+    outer = GraphCache(lambda x: cache(x))
+    with pytest.raises(NotImplementedError):  # the outer one's graph cannot be replayed here
+        outer(on_card(card, 3))
+    assert not cache._graphs
+    assert (count(card, "run"), count(card, "capture")) == (capture.WARM_UP_CALLS, 1)
+    cache(on_card(card, 3))
+    assert len(cache._graphs) == 1
 
 
 def test_where_capturing_fails_the_function_runs_as_it_is_and_says_so_once(card: Card, cache: GraphCache) -> None:
@@ -385,11 +435,8 @@ def test_replays_of_different_caches_wait_for_each_other(card: Card, cache: Grap
     with pytest.raises(NotImplementedError):  # its graph cannot be replayed here
         GraphCache(doubling(card))(on_card(card, 3))
     card.current.pop()
-    assert card.log[-3:] == [
-        ("another thread's", "wait for caller's"),
-        ("another thread's", "copy input"),
-        ("another thread's", "replay"),
-    ]
+    own = [action for stream, action in card.log if stream == "another thread's"]
+    assert own[-5:] == ["wait for caller's", "record", "wait for another thread's", "copy", "replay"]
 
 
 def test_a_captured_function_may_use_another_cache_that_other_threads_use(card: Card, cache: GraphCache) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cflow_fast import anomaly_map, parity
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
+from cflow_fast.kernels import registration
 from cflow_fast.kernels.capture import GraphCache, side_by_side
 from cflow_fast.model import CFlowAD
 
@@ -147,6 +148,32 @@ def test_what_cannot_be_captured_runs_without_a_graph_on_the_callers_stream() ->
         (result,) = cache(torch.ones(2, device=CARD))
     assert torch.cuda.current_stream(CARD) == torch.cuda.default_stream(CARD)
     assert result.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("features", [64, 512])
+def test_a_decoder_called_again_and_again_answers_the_same_bits(features: int) -> None:
+    """A wide one by launches the first time, later by a graph; a narrow one by its launch."""
+    folded = decoder(features).fold("bf16")
+    x, rows, c = maps(folded), torch.randn(37, features, device=CARD), torch.randn(37, 128, device=CARD)
+    first = folded.log_prob(x), folded.log_prob(rows, c), *folded(rows, [c])
+    for _ in range(4):
+        again = folded.log_prob(x), folded.log_prob(rows, c), *folded(rows, [c])
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, first, strict=True))
+    prepared = next(iter(p for p in registration._flows._flows.values() if p.flow is folded.flow))
+    graphs = len(prepared._log_probs._graphs), len(prepared._rows._graphs)
+    assert graphs == ((0, 0) if features == 64 else (2, 1))
+    other = folded.log_prob(maps(folded, seed=5))
+    assert torch.equal(other, folded.log_prob(maps(folded, seed=5)))
+    assert not torch.equal(other, first[0])
+
+
+def test_a_decoder_that_is_captured_with_its_model_has_no_graph_of_its_own() -> None:
+    folded = decoder(512).fold("bf16")
+    cache = GraphCache(lambda x: (folded.log_prob(x),))
+    for _ in range(3):
+        cache(maps(folded))
+    prepared = next(iter(p for p in registration._flows._flows.values() if p.flow is folded.flow))
+    assert not prepared._log_probs._graphs
 
 
 def test_scales_side_by_side_give_what_they_give_in_turn() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from typing import Any
 
 import pytest
@@ -234,6 +235,42 @@ def test_prepared_copies_go_with_their_decoder() -> None:
     del decoder, clone
     gc.collect()
     assert len(registration._flows._flows) == before
+
+
+class _OnCard:
+    """What a call on a card is judged by."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "once", "graphs"),
+    [
+        ((64, 512), False, True),
+        ((8, 512, 32, 32), False, True),
+        ((9, 512, 32, 32), False, False),  # the card takes longer than the launches
+        ((0, 512), False, False),
+        ((64, 64), True, False),  # one launch gains nothing
+    ],
+)
+def test_calls_of_many_launches_and_few_rows_take_graphs(shape: tuple[int, ...], once: bool, graphs: bool) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    class Flow:
+        def launches_once(self, rows: int, own_condition: bool) -> bool:
+            asked.append((rows, own_condition))
+            return once
+
+    features: Any = _OnCard(*shape)
+    prepared = registration._Prepared(Flow(), [])  # type: ignore[arg-type]
+    assert prepared._takes_graphs(features, None) == graphs
+    assert asked in ([], [(math.prod(shape) // shape[1], False)])
 
 
 def test_gradients_are_refused_by_every_way_of_calling() -> None:
