@@ -17,7 +17,9 @@ from cflow_fast.precision import multiplies_bf16
 OURS = "cflow-fast"
 PLAIN = "cflow-fast-plain"
 """The same folded weights through PyTorch's own products: what the kernels have to beat."""
-OUR_OWN = (OURS, PLAIN)
+ACCELERATED = "accelerated"
+"""FrEIA's modules after `cflow_fast.accelerate`, called as before."""
+OUR_OWN = (OURS, PLAIN, ACCELERATED)
 FLOOR = "products-alone"
 """Only PyTorch's matrix products of the folded decoders: no contender, but what none that uses them can beat."""
 PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")

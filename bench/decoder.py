@@ -11,7 +11,7 @@ from torch import Tensor
 from cflow_fast import ops
 from cflow_fast.bench import peers
 from cflow_fast.bench.cases import Decoders
-from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, Built, Contender, module_bytes, registry
+from cflow_fast.bench.contenders import ACCELERATED, FLOOR, OURS, PLAIN, Built, Contender, module_bytes, registry
 from cflow_fast.bench.measurement import matmul_precision
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
@@ -117,6 +117,7 @@ def _plain_log_prob(flow: TorchFlow, folded: FoldedDecoder, features: Tensor) ->
 CONTENDERS = registry(
     Contender(OURS, ours),
     Contender(PLAIN, plain),
+    Contender(ACCELERATED, peers.accelerated, ("FrEIA",)),
     Contender(FLOOR, products_alone),
     Contender("freia", peers.freia, ("FrEIA",)),
     Contender("freia-compile", peers.freia_compile, ("FrEIA",)),

@@ -34,7 +34,7 @@ import triton
 from cflow_fast import parity
 from cflow_fast.bench import decoder, end_to_end, maps
 from cflow_fast.bench.cases import DecoderCase, grid, scales_of
-from cflow_fast.bench.contenders import PLAIN, device_precisions, is_installed
+from cflow_fast.bench.contenders import ACCELERATED, PLAIN, device_precisions, is_installed
 from cflow_fast.bench.end_to_end import ModelCase
 from cflow_fast.bench.kernel_times import time_kernels
 from cflow_fast.bench.machine import file_name
@@ -162,6 +162,14 @@ SHARES = (
     "Shares of the matrix rate count a soft permutation as a whole matrix: what its rotation saves raises them. The "
     "kernels' own table counts what each of them multiplies."
 )
+
+
+def accelerated(suite: Suite) -> str:
+    """What `cflow_fast.accelerate` makes of FrEIA's modules that are then called as before, of few rows and of many."""
+    if not is_installed("FrEIA"):
+        return "not measured: FrEIA is not installed"
+    cases = grid(DecoderCase, [WIDE], ("soft", "hard"), [256], [1, 32], CARD)
+    return _measured(suite, "accelerated.json", decoder.CONTENDERS, cases, ["freia", ACCELERATED], ["bf16"])
 
 
 def anomaly_maps(suite: Suite) -> str:
@@ -297,6 +305,7 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
     ("decoders of WideResNet-50, 256 px", wide_decoders),
     ("anomaly map", anomaly_maps),
     ("whole models", whole_models),
+    ("FrEIA's modules after one line", accelerated),
     ("decoders of WideResNet-50, 512 px", wide_decoders_512),
     ("decoders of ResNet-18 and MobileNetV3-L", narrow_decoders),
     ("kernels, measured beside predicted", kernels),

@@ -6,6 +6,7 @@ it. FrEIA's own drawing of soft rotations is not used (it takes seconds to minut
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cflow_fast.accelerate import accelerate
 from cflow_fast.bench.cases import Decoders
 from cflow_fast.bench.contenders import Built, UnavailableError, eager_precision, module_bytes
 from cflow_fast.bench.measurement import Run
@@ -39,6 +41,13 @@ def freia_compile(work: Decoders, precision: str) -> Built:
     built = _all_rows(work, compiled(work.reference), precision)
     compile_now(built.run)
     return built
+
+
+def accelerated(work: Decoders, precision: str) -> Built:
+    """The same modules after `cflow_fast.accelerate`, this package's one line: u and log det of all rows."""
+    modules = accelerate(nn.ModuleList(work.reference), precision)
+    built = _all_rows(work, list(modules), "fp32")  # type: ignore[call-overload]
+    return dataclasses.replace(built, model_bytes=module_bytes([modules]))
 
 
 def compiled(modules: Sequence[nn.Module]) -> list[Any]:

@@ -15,6 +15,7 @@ from cflow_fast.bench.tune_targets import candidate_launches, targets
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.pointwise import coupled_launch, rotated_launch
+from cflow_fast.kernels.triton_flow import CHUNK_ROWS
 from cflow_fast.ops import KERNEL_PRECISIONS
 
 FIRST_SIZES = (64, 512)
@@ -46,6 +47,7 @@ def planned_launches(chip: Chip) -> Iterator[Launch]:
     yield from _decoders(WIDE, 512, (1, 8), chip)
     yield from _decoders(NARROW, 256, (1, 32), chip)
     yield from _whole_models((*WIDE, "resnet18"), 256, (1, 32), chip)
+    yield from _loose_rows(WIDE, 256, (1, 32), chip)
     yield from _small(chip)
 
 
@@ -73,6 +75,16 @@ def _whole_models(encoders: tuple[str, ...], size: int, batches: tuple[int, ...]
         if line.permutations == "hard":
             yield from line.launches(chip)
             yield from _on(_maps(line), line.permutations, line.precision, chip)
+
+
+def _loose_rows(encoders: tuple[str, ...], size: int, batches: tuple[int, ...], chip: Chip) -> Iterator[Launch]:
+    """FrEIA's modules after one line: the same positions as feature vectors with a condition each, in bf16."""
+    for line in headlines(encoders, ("bf16",), (size,), batches):
+        weights = specimen_weights(line.features, line.permutations == "soft", torch.bfloat16)
+        rows = line.batch * line.side**2
+        for start in range(0, rows, CHUNK_ROWS):
+            count = min(CHUNK_ROWS, rows - start)
+            yield from rows_launches(weights, _empty(count, line.features), _empty(count, CONDITION), "bf16", chip)
 
 
 def _small(chip: Chip) -> Iterator[Launch]:

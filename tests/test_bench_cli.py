@@ -96,6 +96,16 @@ def test_a_peer_that_is_not_installed_is_a_line_that_says_so(package: str, monke
     assert f"{name} fp32: not installed: pip install {package}" in result.output
 
 
+def test_a_run_that_could_measure_nothing_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(work: Any, precision: str) -> Any:
+        raise RuntimeError("no decoder today")
+
+    monkeypatch.setitem(CONTENDERS, OURS, Contender(OURS, build))
+    result = bench("decoder", *TINY, "--size", "32", "--precision", "fp32", "--against", "")
+    assert result.exit_code == 1
+    assert "cflow-fast fp32: failed: RuntimeError: no decoder today" in result.output
+
+
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [

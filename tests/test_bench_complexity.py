@@ -192,6 +192,8 @@ def test_the_tables_have_the_papers_figures_beside_ours(tmp_path: Path) -> None:
     assert stored.seed == 5
     assert {row.bench for row in stored.rows} == {"complexity"}
     assert {row.extra["table"] for row in stored.rows} == {1, 6}
+    names = [row.case.removeprefix("size, ") for row in stored.rows if row.extra["table"] == 6]
+    assert all(any(name in line for line in lines) for name in names), "a model's name stands in one line"
     assert len({row.key for row in stored.rows}) == len(stored.rows)
 
 

@@ -77,6 +77,16 @@ def test_nor_while_whole_models_are_timed_and_judged(
     assert launched <= compiled
 
 
+@pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
+def test_nor_while_freias_modules_are_called_after_one_line(
+    permute_soft: bool, launched: set[object], compiled: set[object]
+) -> None:
+    folded = rough_decoder(512, 128, 8, permute_soft=permute_soft).fold("bf16")
+    TritonFlow(folded.weights, "bf16").rows(torch.randn(1024, 512), torch.randn(1024, 128), want_u=True)
+    assert launched
+    assert launched <= compiled
+
+
 def test_nor_while_memory_is_checked(
     launched: set[object], compiled: set[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

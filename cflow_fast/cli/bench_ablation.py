@@ -69,7 +69,7 @@ def ablation(
     planned = bench.variations(base, sizes[1:], encoders[1:])
     rows: list[Row] = []
     interrupted = _measure(category, planned, seed, rows)
-    console.print(table(rows, planned[0]))
+    print_wide(table(rows, planned[0]))
     results = results_of(rows, device, seed)
     if old is not None:
         print_wide(metric_changes(compare(old, results), old))

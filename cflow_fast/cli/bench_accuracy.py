@@ -75,7 +75,7 @@ def accuracy(
     setting = setting_from(encoder, image_size, device, baseline_layers=taps(baseline_layers), **options)
     rows: list[Row] = []
     interrupted = _measure(category, chosen, setting, runs, seed, rows)
-    console.print(table(rows, category.name))
+    print_wide(table(rows, category.name))
     console.print(paper.BEST_EPOCH)
     results = results_of(rows, device, seed)
     if old is not None:

@@ -17,8 +17,8 @@ from cflow_fast.bench.counting import MEGABYTE
 from cflow_fast.bench.results import Change, Results, Row, compare
 from cflow_fast.cli.bench_options import open_files
 from cflow_fast.cli.bench_show import comparison_table, print_wide, size_changes
-from cflow_fast.cli.bench_tables import INTERRUPTED, compare_option, json_option, number, results_of, store
-from cflow_fast.cli.common import console, device_option, progress_bar
+from cflow_fast.cli.bench_tables import compare_option, exit_code, json_option, number, results_of, store
+from cflow_fast.cli.common import device_option, progress_bar
 from cflow_fast.encoders import Encoder
 
 
@@ -50,19 +50,18 @@ def complexity(
         Encoder(name, pretrained=False)  # an unknown one is an error before anything is printed
     counted = list(bench.size_rows(encoders, device))
     costs = [row for name in encoders for row in cost_formulas.cost_rows(name, device, sizes[0])]
-    console.print(size_table(counted))
-    console.print(formula_table(costs))
-    console.print(cost_table(costs))
+    for table in (size_table(counted), formula_table(costs), cost_table(costs)):
+        print_wide(table)
     speeds: list[Row] = []
     interrupted = False
     if not no_speed:
         interrupted = _measure(encoders, sizes, device, seed, seconds, speeds)
-        console.print(speed_table(speeds))
+        print_wide(speed_table(speeds))
     results = results_of([*counted, *costs, *speeds], device, seed)
     if old is not None:
         _print_changes(compare(old, results), old)
     store(json_path, results)
-    sys.exit(INTERRUPTED if interrupted else 0)
+    sys.exit(exit_code(counted if no_speed else speeds, interrupted))
 
 
 def _print_changes(changes: Sequence[Change], old: Results) -> None:

@@ -17,7 +17,7 @@ from cflow_fast.bench.results import Results, compare, read_results
 from cflow_fast.bench.runner import Entrant
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.bench_show import comparison_table, print_wide, show
-from cflow_fast.cli.bench_tables import INTERRUPTED, compare_option, json_option, store
+from cflow_fast.cli.bench_tables import compare_option, exit_code, json_option, store
 from cflow_fast.cli.common import console, device_option, progress_bar
 from cflow_fast.files import check_writable
 
@@ -149,7 +149,7 @@ def run_cases(
 
 
 def finish(session: Session, interrupted: bool, json_path: Path | None, old: Results | None) -> NoReturn:
-    """Print the rows, store them, compare them, and exit."""
+    """Print the rows, store them, compare them, and exit: with 1 when nothing could be measured."""
     results = session.results()
     show(results)
     if old is not None:
@@ -157,4 +157,4 @@ def finish(session: Session, interrupted: bool, json_path: Path | None, old: Res
     store(json_path, results)
     if interrupted:
         console.print("interrupted: this is what was measured until then")
-    sys.exit(INTERRUPTED if interrupted else 0)
+    sys.exit(exit_code(results.rows, interrupted))

@@ -34,7 +34,10 @@ from cflow_fast.cli.bench_options import (
 )
 from cflow_fast.cli.bench_tables import command_line
 
-HEADLINE = "Ctrl-C prints what has been measured. A peer that is not installed is a line that says so."
+HEADLINE = (
+    "Ctrl-C prints what has been measured. A peer that is not installed is a line that says so; exits with 1 when "
+    "nothing could be measured."
+)
 
 
 @click.command(epilog=HEADLINE)
