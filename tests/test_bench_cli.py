@@ -17,6 +17,7 @@ from cflow_fast.bench.measurement import MATRIX_SIZES
 from cflow_fast.bench.results import read_results
 from cflow_fast.bench.scaling import Spans
 from cflow_fast.cli import main
+from cflow_fast.cli.bench_tables import command_line
 
 TINY = ("--encoder", "mobilenetv3_large_100", "--rounds", "2", "--device", "cpu")
 RESNET = ("--size", "64", "--precision", "fp32", "--against", "freia,padim,spade", "--encoder", "resnet18")
@@ -209,6 +210,12 @@ def test_interruption_before_the_first_row_leaves_an_older_file_as_it_is(
     assert f"nothing was measured, {path} was not written" in result.output
     assert "wrote" not in result.output
     assert path.read_text() == "an older run"
+
+
+@pytest.mark.parametrize("program", ["/somewhere/bin/cflow-fast", "/somewhere/cflow_fast/__main__.py"])
+def test_the_command_is_stored_as_a_user_would_repeat_it(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [program, "bench", "accuracy", "/data/mvtec/bottle", "--json", "here/a b.json"])
+    assert command_line() == "cflow-fast bench accuracy bottle --json 'here/a b.json'"
 
 
 def test_every_benchmark_is_a_command_with_a_line_of_help() -> None:

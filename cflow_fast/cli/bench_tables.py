@@ -56,7 +56,8 @@ def command_line() -> str:
     Of a path from the root only the name is stored: where a machine keeps its data is no part of a result.
     """
     program, *words = sys.argv
-    return shlex.join([Path(program).name, *(Path(word).name if Path(word).is_absolute() else word for word in words)])
+    name = Path(program).name.replace("__main__.py", "cflow-fast")  # python -m cflow_fast
+    return shlex.join([name, *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
 
 def number(value: float | None, places: int = 1, missing: str = NOT_MEASURED) -> str:
