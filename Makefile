@@ -7,6 +7,7 @@ TYPED := build/typed
 CARD := build/card
 ANOMALIB := build/anomalib
 PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+BESIDE := 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))'
 
 # cflow_fast with kernels and bench in it, as it is installed, without an installation: a folder to import it from.
 define linked
@@ -34,9 +35,8 @@ test-anomalib: $(ANOMALIB)/.ready
 	$(ANOMALIB)/bin/python -m pytest tests/test_anomalib.py
 
 $(ANOMALIB)/.ready: $(READY)
-	$(PYTHON) -m venv $(ANOMALIB)
-	echo "import site; site.addsitedir('$$($(CURDIR)/$(BIN)/python -c $(PACKAGES))')" \
-	    > "$$($(ANOMALIB)/bin/python -c $(PACKAGES))/beside.pth"
+	$(BIN)/python -m venv $(ANOMALIB)
+	$(BIN)/python -c $(BESIDE) > "$$($(ANOMALIB)/bin/python -c $(PACKAGES))/beside.pth"
 	$(ANOMALIB)/bin/python -m pip install --quiet 'anomalib==2.7.*'
 	touch $@
 

@@ -19,7 +19,9 @@ PLAIN = "cflow-fast-plain"
 """The same folded weights through PyTorch's own products: what the kernels have to beat."""
 ACCELERATED = "accelerated"
 """FrEIA's modules after `cflow_fast.accelerate`, called as before."""
-OUR_OWN = (OURS, PLAIN, ACCELERATED)
+ANOMALIB_ACCELERATED = "anomalib-accelerated"
+"""anomalib's model after the same."""
+OUR_OWN = (OURS, PLAIN, ACCELERATED, ANOMALIB_ACCELERATED)
 FLOOR = "products-alone"
 """Only PyTorch's matrix products of the folded decoders: no contender, but what none that uses them can beat."""
 PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")
@@ -67,7 +69,7 @@ class Contender:
                 raise UnavailableError("not installed", f"pip install {package}")
         if precision != "fp32" and not self.reduced:
             raise UnavailableError("not available", "it runs in fp32 only")
-        if precision == "tf32x3" and self.name != OURS:
+        if precision == "tf32x3" and (self.name not in OUR_OWN or self.name == PLAIN):
             raise UnavailableError("not available", "it does not multiply float32 in parts")
         if precision not in device_precisions(device):
             raise UnavailableError("not available", f"this {device.type} does not multiply {precision}")

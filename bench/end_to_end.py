@@ -18,6 +18,7 @@ from cflow_fast.bench.baselines import SPADE, PaDiM
 from cflow_fast.bench.baselines import spade as spade_costs
 from cflow_fast.bench.cases import DecoderCase, Decoders
 from cflow_fast.bench.contenders import (
+    ANOMALIB_ACCELERATED,
     OURS,
     Built,
     Contender,
@@ -34,7 +35,6 @@ from cflow_fast.encoders import Encoder, calibrate_batch_norm
 from cflow_fast.model import CFlowAD
 
 EncoderCall = Callable[[Tensor], list[Tensor]]
-LogProbs = Callable[[Sequence[Tensor]], list[Tensor]]
 
 RESNET_TAPS = ("layer1", "layer2", "layer3")
 LONGEST_CALL = 30.0
@@ -217,24 +217,24 @@ def cflow_ad_loop_lists(work: ModelWork, precision: str) -> Built:
 
 def anomalib(work: ModelWork, precision: str) -> Built:
     """anomalib's CflowModel as it ships, in fibers of 64, on images that are normalised already."""
-    decoders = peers.anomalib_decoders(work, precision)
-    return _anomalib(work, precision, _anomalib_model(work), decoders.log_probs)
+    return _anomalib(work, precision, _anomalib_model(work))
 
 
 def anomalib_accelerated(work: ModelWork, precision: str) -> Built:
     """The same after `cflow_fast.accelerate`, this package's one line: encoder, fibers and map are still anomalib's."""
-    decoders = peers.accelerated(work, precision)
-    return _anomalib(work, precision, accelerate(_anomalib_model(work), precision), decoders.log_probs)
+    return _anomalib(work, precision, accelerate(_anomalib_model(work), precision))
 
 
-def _anomalib(work: ModelWork, precision: str, model: nn.Module, log_probs: LogProbs | None) -> Built:
+def _anomalib(work: ModelWork, precision: str, model: Any) -> Built:
     normalised = (work.images - work.model.encoder.mean) / work.model.encoder.std
+    decoders = peers.anomalib_decoders(work, precision, model.decoders)
 
     def run() -> Any:
         with eager_precision(precision, work.device):
             return model(normalised)
 
-    return Built(run, log_probs, module_bytes([model]), "its forward in fibers of 64, on normalised images")
+    note = "its forward in fibers of 64, on normalised images"
+    return Built(run, decoders.log_probs, module_bytes([model]), note)
 
 
 def _anomalib_model(work: ModelWork) -> nn.Module:
@@ -314,7 +314,7 @@ CONTENDERS = registry(
     Contender("cflow-ad-loop", cflow_ad_loop, ("FrEIA",)),
     Contender("cflow-ad-loop-lists", cflow_ad_loop_lists, ("FrEIA",)),
     Contender("anomalib", anomalib, ("anomalib", "FrEIA")),
-    Contender("anomalib-accelerated", anomalib_accelerated, ("anomalib", "FrEIA")),
+    Contender(ANOMALIB_ACCELERATED, anomalib_accelerated, ("anomalib", "FrEIA")),
     Contender("padim", padim, reduced=False),
     Contender("spade", spade, reduced=False),
 )

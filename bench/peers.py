@@ -160,8 +160,11 @@ def _loop_log_probs(work: Decoders, features: Sequence[Tensor], precision: str) 
     return results
 
 
-def anomalib_decoders(work: Decoders, precision: str) -> Built:
-    """anomalib's forward, its encoder replaced by the case's features and its map left out."""
+def anomalib_decoders(work: Decoders, precision: str, decoders: nn.ModuleList | None = None) -> Built:
+    """anomalib's forward, its encoder replaced by the case's features and its map left out.
+
+    decoders: in the place of anomalib's own, such as `accelerate` makes of them.
+    """
     from anomalib.models.image.cflow.torch_model import CflowModel
 
     layers = [f"scale{k}" for k in range(len(work.decoders))]
@@ -170,7 +173,7 @@ def anomalib_decoders(work: Decoders, precision: str) -> Built:
     maps = _Maps(layers, work.features)
     model.encoder, model.anomaly_map_generator, model.pool_layers = maps, maps.collector, layers
     model.fiber_batch_size, model.condition_vector = 64, work.decoders[0].condition
-    model.decoders = nn.ModuleList(_anomalib_decoder(decoder) for decoder in work.decoders)
+    model.decoders = decoders or nn.ModuleList(_anomalib_decoder(decoder) for decoder in work.decoders)
     images = torch.empty(len(work.features[0]), 3, 1, 1, device=work.device)
 
     def log_probs(features: Sequence[Tensor]) -> list[Tensor]:

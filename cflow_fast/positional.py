@@ -27,6 +27,6 @@ def encoding_factors(channels: int, height: int, width: int) -> tuple[Tensor, Te
 
 def _sinusoid(channels: int, length: int) -> Tensor:
     """sin and cos in turn, (length, C/2)."""
-    frequency = 10000.0 ** (-4.0 * torch.arange(channels // 4, dtype=torch.float64) / channels)
-    angle = torch.arange(length, dtype=torch.float64).unsqueeze(1) * frequency
+    frequency = 10000.0 ** (-4.0 * torch.arange(channels // 4, dtype=torch.float64, device="cpu") / channels)
+    angle = torch.arange(length, dtype=torch.float64, device="cpu").unsqueeze(1) * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)

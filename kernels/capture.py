@@ -132,7 +132,7 @@ class GraphCache:
             return again and len(self._graphs) < self.capacity
 
     def _capture(self, key: Key, inputs: tuple[Tensor, ...]) -> None:
-        if key in self._graphs:  # another thread was first
+        if key in self._graphs or (self.patient and len(self._graphs) >= self.capacity):  # another thread was first
             return
         graph = self._captured(inputs)
         with self._lock:
@@ -178,9 +178,11 @@ class _Graph:
             with torch.cuda.stream(stream), _warming_up():
                 for _ in range(WARM_UP_CALLS):
                     function(*self.inputs)
+            _release_workspaces()
             self.graph = torch.cuda.CUDAGraph()
             with _capture(self.graph, stream):
                 self.outputs = function(*self.inputs)
+            _release_workspaces()
             current.wait_stream(stream)
             with _replaying:
                 _wait_for_the_last(device, current)
@@ -190,10 +192,10 @@ class _Graph:
         current = torch.cuda.current_stream(self.device)
         with _replaying:
             _wait_for_the_last(self.device, current)
-            torch._foreach_copy_(self.inputs, inputs)  # one call for all: of one image it is calls that take time
+            _copy(self.inputs, inputs)
             self.graph.replay()
             results = tuple(torch.empty_like(output) for output in self.outputs)
-            torch._foreach_copy_(results, self.outputs)
+            _copy(results, self.outputs)
             _is_the_last(self.device, current)
         return results
 
@@ -204,12 +206,20 @@ class _Graph:
         last.synchronize()
 
 
+def _copy(places: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
+    """All in one call: of one image it is calls that take time."""
+    if len(places) == 1:
+        places[0].copy_(tensors[0])
+    else:
+        torch._foreach_copy_(places, tensors)
+
+
 _capturing = threading.RLock()
 """Held while a graph is made: another thread's capture would synchronize with the card in the middle of it."""
 _warm_up = threading.local()
 _replaying = threading.Lock()
 _last_replay: dict[torch.device, torch.cuda.Event] = {}
-"""Of any graph on a device: graphs share the workspaces of libraries, so they run one after the other."""
+"""Of any graph on a device: they run one after the other, and a graph's places are not used twice at once."""
 
 
 @contextmanager
@@ -237,6 +247,13 @@ def _is_the_last(device: torch.device, current: torch.cuda.Stream) -> None:
     _last_replay[device] = current.record_event(_last_replay.get(device))
 
 
+def _release_workspaces() -> None:
+    """cuBLAS keeps a workspace for each stream. Released before a capture and after it, the captured one lies in the
+    graph's own memory, whatever becomes of other graphs: as PyTorch has it where it makes graphs itself.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
     # thread_local: an allocation in another thread must not end this capture
     return torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
@@ -244,7 +261,13 @@ def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Abstract
 
 def _layout(tensors: tuple[Tensor, ...]) -> Key:
     """Whatever a graph would do otherwise: tensors in memory, and what the caller's modes make of an operation."""
-    modes = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), *_tf32_modes())
+    modes = (
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        *_tf32_modes(),
+    )
     return (*((t.device, t.dtype, t.shape, t.stride()) for t in tensors), modes)
 
 

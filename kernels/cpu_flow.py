@@ -58,8 +58,8 @@ class CpuFlow:
         c = None if condition is None else condition.float().contiguous().resolve_neg()
         return self._run(z.float().resolve_neg()[:, :, None, None], c, None, want_u)
 
-    def launches_once(self, rows: int, own_condition: bool) -> bool:
-        return True
+    def launches_often(self, rows: int, own_condition: bool) -> bool:
+        return False
 
     @torch.compiler.disable  # it passes addresses
     def _run(

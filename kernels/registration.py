@@ -15,6 +15,7 @@ None of the ops has gradients. Results never share memory with inputs.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,8 +34,10 @@ from cflow_fast.kernels.weights import MIXINGS, FlowWeights
 LIBRARY = torch.library.Library("cflow_fast", "DEF")
 LIBRARY.define("anomaly_map(Tensor[] log_probs, SymInt[] size, float[]? maxima, str backend) -> (Tensor, Tensor)")
 _FOLDED = "Tensor[] weights, str mixing, str activation, float clamp, float log_scale, str precision"
-LIBRARY.define(f"flow_log_prob(Tensor features, Tensor? condition, {_FOLDED}) -> Tensor")
-LIBRARY.define(f"flow_rows(Tensor z, Tensor? condition, {_FOLDED}) -> (Tensor, Tensor)")
+_NO_GRAPH_OF_OTHERS = (torch.Tag.cudagraph_unsafe,)
+"""What a decoder makes on its first call outlives it, which the graphs that torch.compile makes do not allow."""
+LIBRARY.define(f"flow_log_prob(Tensor features, Tensor? condition, {_FOLDED}) -> Tensor", tags=_NO_GRAPH_OF_OTHERS)
+LIBRARY.define(f"flow_rows(Tensor z, Tensor? condition, {_FOLDED}) -> (Tensor, Tensor)", tags=_NO_GRAPH_OF_OTHERS)
 
 
 class Flow(Protocol):
@@ -46,8 +49,8 @@ class Flow(Protocol):
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult: ...
 
-    def launches_once(self, rows: int, own_condition: bool) -> bool:
-        """Whether so many rows are one call of compiled code, with nothing to be gained by a graph."""
+    def launches_often(self, rows: int, own_condition: bool) -> bool:
+        """Whether so many rows are many launches of this package's own kernels, which a CUDA graph makes one."""
 
 
 class FlowDescription(NamedTuple):
@@ -194,17 +197,20 @@ def _names(count: int, mixing: str) -> list[str]:
 
 
 GRAPH_ELEMENTS = 1 << 22
-"""Features of a call, rows times D, up to which its launches may become a graph: 8 images of WideResNet-50's largest
-scale at 256 px, by which time the card takes about as long as the launches; and a graph has a workspace of its own."""
+"""Elements of a call's features and conditions up to which its launches may become a graph: 8 images of WideResNet-50's
+largest scale at 256 px. Of more the card takes as long as the launches, and a graph has a workspace of its own."""
 GRAPHS = 4
 """Of a decoder's calls, at most."""
+GRAPHS_SWITCH = "CFLOW_FAST_GRAPHS"
+"""Environment variable: 0 leaves decoders' calls without graphs of their own. Capturing one waits for the whole card,
+which ends a capture that another thread of the process has under way."""
 
 
 class _Prepared:
-    """A flow made ready to run; of weights as they were in these versions."""
+    """A flow made ready to run, and what it was made of: a description, and the versions of the weights."""
 
-    def __init__(self, flow: Flow, versions: list[int]) -> None:
-        self.flow, self.versions = flow, versions
+    def __init__(self, flow: Flow, made_of: tuple[FlowDescription, list[int]]) -> None:
+        self.flow, self.made_of = flow, made_of
         self._log_probs = GraphCache(lambda *inputs: (_log_prob(flow, *inputs),), GRAPHS, patient=True)
         self._rows = GraphCache(lambda *inputs: _rows(flow, *inputs), GRAPHS, patient=True)
 
@@ -220,9 +226,12 @@ class _Prepared:
         return u, log_det
 
     def _takes_graphs(self, features: Tensor, condition: Tensor | None) -> bool:
-        if features.device.type != "cuda" or not 0 < features.numel() <= GRAPH_ELEMENTS:
+        elements = features.numel() + (0 if condition is None else condition.numel())
+        if features.device.type != "cuda" or not 0 < elements <= GRAPH_ELEMENTS or not features.numel():
             return False
-        return not self.flow.launches_once(features.numel() // features.shape[1], condition is not None)
+        if os.environ.get(GRAPHS_SWITCH) == "0":
+            return False
+        return self.flow.launches_often(features.numel() // features.shape[1], condition is not None)
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -241,18 +250,18 @@ class _PreparedFlows:
         self._lock = threading.Lock()
 
     def get(self, tensors: Sequence[Tensor], description: FlowDescription) -> _Prepared:
-        key = (description, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors))
-        versions = [0 if t.is_inference() else t._version for t in tensors]
+        key = (description.precision, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors))
+        made_of = (description, [0 if t.is_inference() else t._version for t in tensors])
         found = self._flows.get(key)
-        if found is not None and found.versions == versions:
+        if found is not None and found.made_of == made_of:
             return found
         with self._lock:
             found = self._flows.get(key)
-            if found is None or found.versions != versions:
+            if found is None or found.made_of != made_of:
                 if found is None:
                     weakref.finalize(tensors[0], self._flows.pop, key, None).atexit = False
                 weights = as_weights([t.detach() for t in tensors], description)
-                found = _Prepared(_dispatch[0].prepare(weights, description.precision), versions)
+                found = _Prepared(_dispatch[0].prepare(weights, description.precision), made_of)
                 self._flows[key] = found
             return found
 

@@ -83,7 +83,7 @@ class TorchFlow:
         u = torch.cat([part.u for part in parts if part.u is not None]) if want_u else None
         return FlowResult(log_prob, log_det, u)
 
-    def launches_once(self, rows: int, own_condition: bool) -> bool:
+    def launches_often(self, rows: int, own_condition: bool) -> bool:
         return False
 
     def _rows_chunk(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:

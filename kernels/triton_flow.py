@@ -85,9 +85,9 @@ class TritonFlow:
         finish(self.weights.device)
         return prepared
 
-    def launches_once(self, rows: int, own_condition: bool) -> bool:
-        """Whether so many rows run whole, in one kernel."""
-        return self._whole_config(rows, own_condition) is not None
+    def launches_often(self, rows: int, own_condition: bool) -> bool:
+        """Whether so many rows run in phases, not whole in one kernel."""
+        return self._whole_config(rows, own_condition) is None
 
     def _whole_config(self, rows: int, own_condition: bool = False) -> WholeFlowConfig | None:
         features = self.weights.features

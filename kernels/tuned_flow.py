@@ -49,9 +49,9 @@ class TunedFlow:
                     return self._plain.rows(z, condition, want_u)
         return self.triton.rows(z, condition, want_u)
 
-    def launches_once(self, rows: int, own_condition: bool) -> bool:
-        once = self.triton.launches_once(rows, own_condition)
-        return once and (own_condition or self.backend(rows) == "triton")
+    def launches_often(self, rows: int, own_condition: bool) -> bool:
+        taken = self._unmeasured(rows, own_condition) if own_condition else self.backend(rows)
+        return taken == "triton" and self.triton.launches_often(rows, own_condition)
 
     def backend(self, rows: int) -> str:
         """What the table names for so many positions at once."""
@@ -71,7 +71,7 @@ class TunedFlow:
 
     def _unmeasured(self, rows: int, own_condition: bool = False) -> str:
         """What is taken where no table says."""
-        wide = self.triton.precision == "ieee" and not self.triton.launches_once(rows, own_condition)
+        wide = self.triton.precision == "ieee" and self.triton.launches_often(rows, own_condition)
         return "plain" if wide and self._as_measured() else "triton"
 
     def plain(self) -> TorchFlow:

@@ -76,6 +76,9 @@ class OnCard:
     def clone(self, memory_format: Any = None) -> OnCard:
         return OnCard(self.card, self.values.clone())
 
+    def copy_(self, other: OnCard) -> None:
+        copy_all((self,), (other,))
+
     def record_stream(self, stream: Stream) -> None:
         self.used_on.append(stream.name)
 
@@ -140,6 +143,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
     monkeypatch.setattr(torch, "_foreach_copy_", copy_all)
     monkeypatch.setattr(torch, "empty_like", OnCard.clone)
+    monkeypatch.setattr(capture, "_release_workspaces", lambda: card.log.append(("host", "release workspaces")))
     monkeypatch.setattr(capture, "_stream_pool", {})
     monkeypatch.setattr(capture, "_last_replay", {})
     return card
@@ -222,6 +226,20 @@ def test_a_layout_is_captured_once_and_replayed_with_new_values(card: Card, cach
     assert actions.count("run") == capture.WARM_UP_CALLS
     assert actions.count("capture") == 1
     assert actions.count("replay") == 2
+
+
+def test_a_capture_shares_no_librarys_workspace_with_what_comes_before_or_after(card: Card, cache: GraphCache) -> None:
+    cache(on_card(card, 3))
+    order = [action for _, action in card.log if action in ("run", "capture", "replay", "release workspaces")]
+    assert order == [*["run"] * capture.WARM_UP_CALLS, "release workspaces", "capture", "release workspaces", "replay"]
+
+
+def test_several_inputs_and_results_are_copied_in_one_call_each(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda places, tensors: copied.append(len(places)))
+    capture._copy((on_card(card, 1),), (on_card(card, 1),))
+    capture._copy((on_card(card, 1),) * 3, (on_card(card, 1),) * 3)
+    assert copied == [3]
 
 
 def test_results_are_copies_that_the_next_replay_leaves_alone(card: Card, cache: GraphCache) -> None:

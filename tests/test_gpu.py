@@ -142,6 +142,21 @@ def test_a_graph_made_in_inference_mode_replays_outside_of_it() -> None:
     assert torch.equal(cache(x)[0], folded.log_prob(x))
 
 
+def test_a_graph_of_library_products_outlives_others() -> None:
+    """Each has the library's workspace in its own memory: what is freed with one graph is no other's."""
+    x, w = (torch.randn(512, 512, device=CARD) for _ in range(2))
+    caches = [GraphCache(lambda x: (x @ w,)) for _ in range(3)]
+    expected, *_ = [cache(x)[0] for cache in caches]
+    caches[0].clear()
+    torch.cuda.empty_cache()
+    caches.append(GraphCache(lambda x: (w @ x,)))
+    caches[-1](x)
+    junk = [torch.full((1 << 22,), float("nan"), device=CARD) for _ in range(16)]
+    for cache in caches[1:3]:
+        assert torch.equal(cache(x)[0], expected)
+    assert len(junk) == 16
+
+
 def test_what_cannot_be_captured_runs_without_a_graph_on_the_callers_stream() -> None:
     cache = GraphCache(lambda x: (x + x.sum().item(),))
     with pytest.warns(UserWarning, match="no CUDA graph could be captured"):
@@ -267,3 +282,12 @@ def test_torch_compile_sees_through_a_folded_decoder() -> None:
     x = maps(folded)
     compiled = torch.compile(folded.log_prob, fullgraph=True)
     torch.testing.assert_close(compiled(x), folded.log_prob(x), rtol=0, atol=1e-3)
+
+
+def test_graphs_that_torch_compile_makes_leave_a_decoder_out() -> None:
+    folded = decoder(512).fold("bf16")
+    x = maps(folded)
+    expected = folded.log_prob(2 * x) + 1  # called once before it is compiled
+    compiled = torch.compile(lambda x: folded.log_prob(2 * x) + 1, mode="reduce-overhead")
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x).clone(), expected, rtol=1e-6, atol=1e-4)

@@ -250,27 +250,43 @@ class _OnCard:
 
 
 @pytest.mark.parametrize(
-    ("shape", "once", "graphs"),
+    ("shape", "often", "graphs"),
     [
-        ((64, 512), False, True),
-        ((8, 512, 32, 32), False, True),
-        ((9, 512, 32, 32), False, False),  # the card takes longer than the launches
-        ((0, 512), False, False),
-        ((64, 64), True, False),  # one launch gains nothing
+        ((64, 512), True, True),
+        ((8, 512, 32, 32), True, True),
+        ((9, 512, 32, 32), True, False),  # the card takes longer than the launches
+        ((0, 512), True, False),
+        ((64, 64), False, False),  # one launch gains nothing
     ],
 )
-def test_calls_of_many_launches_and_few_rows_take_graphs(shape: tuple[int, ...], once: bool, graphs: bool) -> None:
+def test_calls_of_many_launches_and_few_rows_take_graphs(
+    shape: tuple[int, ...], often: bool, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[int, bool]] = []
 
     class Flow:
-        def launches_once(self, rows: int, own_condition: bool) -> bool:
+        def launches_often(self, rows: int, own_condition: bool) -> bool:
             asked.append((rows, own_condition))
-            return once
+            return often
 
     features: Any = _OnCard(*shape)
-    prepared = registration._Prepared(Flow(), [])  # type: ignore[arg-type]
+    prepared = registration._Prepared(Flow(), (None, []))  # type: ignore[arg-type]
     assert prepared._takes_graphs(features, None) == graphs
     assert asked in ([], [(math.prod(shape) // shape[1], False)])
+    assert not prepared._takes_graphs(features, _OnCard(registration.GRAPH_ELEMENTS))  # type: ignore[arg-type]
+    monkeypatch.setenv("CFLOW_FAST_GRAPHS", "0")
+    assert not prepared._takes_graphs(features, None)
+
+
+def test_other_weights_in_the_same_place_leave_nothing_of_the_old_ones(prepared: list[Any]) -> None:
+    decoder, other = folded(), folded(seed=4)
+    assert decoder._description != other._description, "log_scale is a number beside the tensors"
+    decoder.log_prob(FEATURES)
+    kept = len(registration._flows._flows)
+    decoder.load_state_dict(other.state_dict())
+    decoder.log_prob(FEATURES)
+    assert len(registration._flows._flows) == kept
+    assert len(prepared) == 2
 
 
 def test_gradients_are_refused_by_every_way_of_calling() -> None:

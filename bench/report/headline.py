@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cflow_fast.bench.contenders import FLOOR
+from cflow_fast.bench.contenders import ACCELERATED, ANOMALIB_ACCELERATED, FLOOR
 from cflow_fast.bench.report import words
 from cflow_fast.bench.report.comparisons import OURS, Comparison, comparisons
 from cflow_fast.bench.report.data import Measured, grouped, positive
 from cflow_fast.bench.report.plots import TIMED
 from cflow_fast.bench.report.sections import Section, Table
 
+AFTER_ONE_LINE = (ACCELERATED, ANOMALIB_ACCELERATED)
+"""This package within somebody else's program: no rival, and not all that it can do."""
 VERBS = {
     "decoder": "decodes",
     "map": "makes anomaly maps",
@@ -38,7 +40,7 @@ def claims(rows: Sequence[Measured]) -> list[Claim]:
     """The decoders' first, as the benchmarks are ordered."""
     groups: dict[tuple[str, str, str], list[Comparison]] = {}
     for c in comparisons(m for m in rows if _is_sound(m) and m.row.contender == OURS):
-        if c.against not in (OURS, FLOOR):
+        if c.against not in (OURS, FLOOR, *AFTER_ONE_LINE):
             groups.setdefault((c.m.row.bench, c.against, c.m.place), []).append(c)
     return sorted((Claim(*key, found) for key, found in groups.items()), key=lambda claim: TIMED.index(claim.bench))
 
@@ -69,6 +71,7 @@ def spread(found: Sequence[Comparison]) -> str:
 def fastest_section(rows: Sequence[Measured]) -> Section | None:
     """For each case the fastest contender in any precision, and the fastest of the others."""
     sound = [m for m in rows if _is_sound(m) and m.row.seconds and positive(m.row.seconds.median)]
+    sound = [m for m in sound if m.row.contender not in AFTER_ONE_LINE]
     lines, shown, won = [], [], 0
     for (bench, case, place), same in grouped(sound, lambda m: (m.row.bench, m.row.case, m.place)).items():
         ordered = sorted(same, key=_seconds)
