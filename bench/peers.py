@@ -45,8 +45,8 @@ def freia_compile(work: Decoders, precision: str) -> Built:
 
 def accelerated(work: Decoders, precision: str) -> Built:
     """The same modules after `cflow_fast.accelerate`, this package's one line: u and log det of all rows."""
-    modules = accelerate(nn.ModuleList(work.reference), precision)
-    built = _all_rows(work, list(modules), "fp32")  # type: ignore[call-overload]
+    modules: Any = accelerate(nn.ModuleList(work.reference), precision)
+    built = _all_rows(work, modules, "fp32")  # around decoders that have a precision of their own
     return dataclasses.replace(built, model_bytes=module_bytes([modules]))
 
 

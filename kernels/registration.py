@@ -198,9 +198,9 @@ def _names(count: int, mixing: str) -> list[str]:
 
 GRAPH_ELEMENTS = 1 << 22
 """Elements of a call's features and conditions up to which its launches may become a graph: 8 images of WideResNet-50's
-largest scale at 256 px. Of more the card takes as long as the launches, and a graph has a workspace of its own."""
+largest scale at 256 px. A graph has a workspace of its own, which grows with them. Not tuned on a card."""
 GRAPHS = 4
-"""Of a decoder's calls, at most."""
+"""Of a decoder's calls of either kind, at most."""
 GRAPHS_SWITCH = "CFLOW_FAST_GRAPHS"
 """Environment variable: 0 leaves decoders' calls without graphs of their own. Capturing one waits for the whole card,
 which ends a capture that another thread of the process has under way."""
@@ -226,10 +226,9 @@ class _Prepared:
         return u, log_det
 
     def _takes_graphs(self, features: Tensor, condition: Tensor | None) -> bool:
-        elements = features.numel() + (0 if condition is None else condition.numel())
-        if features.device.type != "cuda" or not 0 < elements <= GRAPH_ELEMENTS or not features.numel():
+        if features.device.type != "cuda" or not features.numel() or os.environ.get(GRAPHS_SWITCH) == "0":
             return False
-        if os.environ.get(GRAPHS_SWITCH) == "0":
+        if sum(tensor.numel() for tensor in _given(features, condition)) > GRAPH_ELEMENTS:
             return False
         return self.flow.launches_often(features.numel() // features.shape[1], condition is not None)
 
