@@ -273,6 +273,7 @@ _COUNTED = {
     "linear_kernel": _linear,
     "coupling_kernel": _coupling,
     "whole_flow_kernel": _whole_flow,
+    "packing_kernel": _streaming,
     "reduction_kernel": _streaming,
     "tail_kernel": _streaming,
 }

@@ -114,6 +114,15 @@ POINTWISE = PointwiseConfig(16, 128, 4)
 """Sixteen numbers a thread and array, read in whole lines of memory."""
 
 
+@dataclass(frozen=True)
+class PackingConfig:
+    """Of kernels/packing.py: a tile of rows by features."""
+
+    block_rows: int = 64
+    block_features: int = 64
+    warps: int = 4
+
+
 TAKES = ("operand", "rounded", "split")
 """How a product takes a factor: it is an operand already; it is rounded to one; as two operands, the second one what
 rounding to the first left."""

@@ -1,9 +1,11 @@
 """A wide decoder as a sequence of launches, a few per coupling block, over all rows of a chunk.
 
+    0  kernels/packing.py    features that a product would round, or that lie in another order, once for all blocks
     A  kernels/linear.py     hidden = act(w1 x1 + bias), and v beside it where a rotation follows (in tf32 after it)
     B  kernels/coupling.py   y2, sums of j
     C  kernels/linear.py     soft permutations: x' by one product, or by a rotation's two; hard ones have none
-and one reduction. The features are read where they lie; what lies between the blocks is `state`'s.
+and one reduction. Features that are operands already are read where they lie; what lies between the blocks is
+`state`'s.
 """
 
 from __future__ import annotations
@@ -14,10 +16,18 @@ import torch
 from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import LinearConfig, ReductionConfig, adds_in_parts, begins_early, how_taken
+from cflow_fast.kernels.configs import (
+    LinearConfig,
+    PackingConfig,
+    ReductionConfig,
+    adds_in_parts,
+    begins_early,
+    how_taken,
+)
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
 from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
+from cflow_fast.kernels.packing import packing_launch
 from cflow_fast.kernels.phase_weights import PhaseWeights, is_joined
 from cflow_fast.kernels.reduction import reduction_launch
 from cflow_fast.kernels.rows import Rows, loose_rows
@@ -47,6 +57,7 @@ class Phases:
         self.tiles = cdiv(half, self.coupling.block_out)
         self.v_tiles = 0 if prepared.norm_passive else cdiv(half, self.makes_v.block_out)
         self.padded_rows = cdiv(rows, ROW_PADDING) * ROW_PADDING
+        self.packed = False
         self.hidden = self.empty(self.padded_rows, hidden)
         self.sums = self.empty(
             (prepared.weights.blocks + 1) * self.tiles + self.v_tiles, self.padded_rows, dtype=torch.float32
@@ -59,14 +70,19 @@ class Phases:
         """Everything up to log_prob and log_det, (N,) float32; with want_u `u` is there afterwards."""
         weights, state = self.prepared.weights, self.state
         source = Halves(features.narrow(0, weights.passive), features.narrow(weights.passive, weights.active))
+        x1, self.packed = source.passive, self.packs(features)
+        if self.packed:
+            yield self._packing_layer(source)
+            x1, source = state.source(0).passive, state.packed_source(source)
         for block in range(weights.blocks):
             last = block == weights.blocks - 1
             kept = want_u or not last
-            yield from self._first_layer(block, source.passive, bias, state.beyond(block, kept, last))
+            yield from self._first_layer(block, x1, bias, state.beyond(block, kept, last))
             yield self._coupling_layer(block, source, kept, last)
             if not last:
                 yield from state.mix(block)
                 source = state.source(block + 1)
+                x1 = source.passive
         log_dets = weights.blocks * self.tiles
         yield reduction_launch(
             self.sums,
@@ -80,6 +96,13 @@ class Phases:
         )
         if want_u:
             yield from state.turn_into_u(weights.blocks - 1)
+
+    def packs(self, features: Rows) -> bool:
+        """Whether the first block takes the features from where they were packed, not from where they lie."""
+        precision, hard = self.prepared.precision, bool(self.prepared.hard)
+        nothing_to_round = precision == "ieee" and features.tensor.dtype == torch.float32
+        as_kept = nothing_to_round or self._taken(features) == how_taken(precision, exact=not hard)
+        return not (as_kept and (hard or features.feature_stride == 1))
 
     @property
     def u(self) -> Tensor:
@@ -99,7 +122,7 @@ class Phases:
 
     def _first_layer(self, block: int, x1: Rows, bias: HiddenBias, beyond: Beyond | None) -> Iterator[Launch]:
         w = self.prepared
-        takes = how_taken(w.precision, x1, exact=not w.hard)
+        takes = self._taken(x1)
         outputs = w.hidden + w.half if beyond and self.joined else w.hidden
         config = self._config(w.half, outputs, takes)
         if beyond and self.joined and beyond.squares is not None:
@@ -126,6 +149,18 @@ class Phases:
             v1, offset = w.soft.passive[rotation], w.soft.passive_offset[rotation]
             yield self._linear(x1, v1, None, nothing, self.makes_v, offset, beyond=beyond, takes="split")
 
+    def _packing_layer(self, source: Halves) -> Launch:
+        passive, active = self.state.places()
+        x2 = None if active is None else source.active
+        self.begun = True
+        return packing_launch(
+            source.passive, x2, passive, active, PackingConfig(), self.prepared.precision, self.rounds_state
+        )
+
+    def _taken(self, x1: Rows) -> str:
+        """How the first layer takes x1."""
+        return how_taken(self.prepared.precision, x1, exact=not self.prepared.hard)
+
     def _coupling_layer(self, block: int, source: Halves, kept: bool, last: bool) -> Launch:
         w = self.prepared
         norm = None
@@ -138,7 +173,7 @@ class Phases:
             w.w2[block],
             w.b2[block],
             source,
-            self.state.target(block) if kept else None,
+            self.state.target(block, carries=block == 0 and not self.packed) if kept else None,
             self.sums[block * self.tiles : (block + 1) * self.tiles],
             w.weights.clamp,
             self.coupling,

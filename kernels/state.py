@@ -38,9 +38,18 @@ class HardState:
             self._indexed(self.mixing.active[block], weights.active),
         )
 
-    def target(self, block: int) -> Target:
+    def target(self, block: int, carries: bool) -> Target:
+        """carries: x1 too, from the caller's features."""
         halves = self.source(block)
-        return Target(halves.active, halves.passive if block == 0 else None)
+        return Target(halves.active, halves.passive if carries else None)
+
+    def places(self) -> tuple[Rows, None]:
+        """Of packed features: x2 stays where it is, and is read once."""
+        return self.source(0).passive, None
+
+    def packed_source(self, features: Halves) -> Halves:
+        """Where the first coupling layer finds its halves."""
+        return features
 
     def pending(self, block: int) -> Pending:
         return Pending(self.mixing.gain[block], self.mixing.shift[block])
@@ -79,9 +88,19 @@ class SoftState:
     def source(self, block: int) -> Halves:
         return Halves(self._rows(self._passive(self.state)), self._rows(self._active(self.values)))
 
-    def target(self, block: int) -> Target:
-        passive = self._passive(self.state) if block == 0 and self.mixing.matrices else None
+    def target(self, block: int, carries: bool) -> Target:
+        """carries: x1 too, from the caller's features, for a matrix that takes both."""
+        passive = self._passive(self.state) if carries and self.mixing.matrices else None
         return Target(self._rows(self._active(self.state)), None if passive is None else self._rows(passive))
+
+    def places(self) -> tuple[Rows, Rows]:
+        """Of packed features."""
+        halves = self.source(0)
+        return halves.passive, halves.active
+
+    def packed_source(self, features: Halves) -> Halves:
+        """Where the first coupling layer finds its halves."""
+        return self.source(0)
 
     def pending(self, block: int) -> None:
         return None

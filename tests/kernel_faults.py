@@ -132,6 +132,21 @@ WHOLE_FLOW = [
 
 PHASES = [
     Fault(
+        "packed features' tail mask dropped",
+        "packing",
+        "valid = row_valid[:, None] & (column < features)[None, :]",
+        "valid = row_valid[:, None] & (column >= 0)[None, :]",
+        "phases, soft",
+    ),
+    Fault(
+        "packed rows' tail mask dropped",
+        "packing",
+        "valid = row_valid[:, None] & (column < features)[None, :]",
+        "valid = (row_valid | True)[:, None] & (column < features)[None, :]",
+        "phases, soft",
+    ),
+    Fault("one packed half for the other", "packing", "_load(x2_ptr, x_row", "_load(x1_ptr, x_row", "phases, soft"),
+    Fault(
         "stale first tile",
         "linear",
         "locate(unit, row_tiles, out_tiles",

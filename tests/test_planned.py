@@ -93,6 +93,6 @@ def test_nor_while_memory_is_checked(
     monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
     run_small(torch.device("cpu"))
     assert {key[0] for key in launched} == {  # type: ignore[index]
-        *("whole_flow_kernel", "linear_kernel", "coupling_kernel", "reduction_kernel")
+        *("whole_flow_kernel", "packing_kernel", "linear_kernel", "coupling_kernel", "reduction_kernel")
     }
     assert launched <= compiled
