@@ -7,8 +7,7 @@
 A folded decoder goes in as its tensors in the order of `FlowWeights.tensors` and the numbers beside them, no handle:
 an exported program carries all it needs. What an implementation makes of them (packed or padded copies, positional
 tables) is made on the first call and found again by where the tensors lie; it lives as long as the first of them.
-On a GPU a decoder's calls of few rows, whose launches take the host longer than the card, become CUDA graphs when they
-come again.
+On a GPU a decoder's calls, whose launches take the host longer than the card, become CUDA graphs when they come again.
 
 None of the ops has gradients. Results never share memory with inputs.
 """
@@ -196,9 +195,10 @@ def _names(count: int, mixing: str) -> list[str]:
     return own + others
 
 
-GRAPH_ELEMENTS = 1 << 22
-"""Elements of a call's features and conditions up to which its launches may become a graph: 8 images of WideResNet-50's
-largest scale at 256 px. A graph has a workspace of its own, which grows with them. Not tuned on a card."""
+GRAPH_ELEMENTS = 1 << 24
+"""Elements of features and conditions that a graph takes at most: 32 images of WideResNet-50's largest scale at 256 px.
+Calls of more take one in parts. On an H200's host a launch took 50 to 150 us, 5 ms a decoder, where the card was done
+in 1 ms. A graph has a workspace of its own, which grows with its part."""
 GRAPHS = 4
 """Of a decoder's calls of either kind, at most."""
 GRAPHS_SWITCH = "CFLOW_FAST_GRAPHS"
@@ -215,26 +215,33 @@ class _Prepared:
         self._rows = GraphCache(lambda *inputs: _rows(flow, *inputs), GRAPHS, patient=True)
 
     def log_prob(self, features: Tensor, condition: Tensor | None) -> Tensor:
-        if not self._takes_graphs(features, condition):
+        parts = self._parts(features, condition)
+        if not parts:
             return _log_prob(self.flow, features, condition)
-        return self._log_probs(*_given(features, condition))[0]
+        return _joined([self._log_probs(*part)[0] for part in parts])
 
     def rows(self, z: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self._takes_graphs(z, condition):
+        parts = self._parts(z, condition)
+        if not parts:
             return _rows(self.flow, z, condition)
-        u, log_det = self._rows(*_given(z, condition))
+        u, log_det = map(_joined, zip(*(self._rows(*part) for part in parts), strict=True))
         return u, log_det
 
-    def _takes_graphs(self, features: Tensor, condition: Tensor | None) -> bool:
+    def _parts(self, features: Tensor, condition: Tensor | None) -> list[tuple[Tensor, ...]]:
+        """A call's tensors as graphs take them, no part larger than another by more than one; none without graphs."""
         if features.device.type != "cuda" or not features.numel() or os.environ.get(GRAPHS_SWITCH) == "0":
-            return False
-        if sum(tensor.numel() for tensor in _given(features, condition)) > GRAPH_ELEMENTS:
-            return False
-        return self.flow.launches_often(features.numel() // features.shape[1], condition is not None)
+            return []
+        given = [tensor for tensor in (features, condition) if tensor is not None]
+        count = -(-sum(tensor.numel() for tensor in given) // GRAPH_ELEMENTS)
+        if count > len(features):
+            return []
+        parts = list(zip(*(tensor.tensor_split(count) for tensor in given), strict=True))
+        rows = parts[0][0].numel() // features.shape[1]
+        return parts if self.flow.launches_often(rows, condition is not None) else []
 
 
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class _PreparedFlows:

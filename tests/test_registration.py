@@ -237,45 +237,70 @@ def test_prepared_copies_go_with_their_decoder() -> None:
     assert len(registration._flows._flows) == before
 
 
-class _OnCard:
-    """What a call on a card is judged by."""
+class _OnCard(Tensor):
+    """A tensor that says that it lies on a card; here it lies nowhere."""
 
-    device = torch.device("cuda", 0)
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
 
-    def __init__(self, *shape: int) -> None:
-        self.shape = shape
 
-    def numel(self) -> int:
-        return math.prod(self.shape)
+def on_card(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta").as_subclass(_OnCard)
+
+
+class _Flow:
+    """What a call asks of its flow; the answers are sums, row by row."""
+
+    def __init__(self, often: bool) -> None:
+        self.often, self.asked = often, []  # type: ignore[var-annotated]
+
+    def launches_often(self, rows: int, own_condition: bool) -> bool:
+        self.asked.append((rows, own_condition))
+        return self.often
 
 
 @pytest.mark.parametrize(
-    ("shape", "often", "graphs"),
+    ("shapes", "often", "parts"),
     [
-        ((64, 512), True, True),
-        ((8, 512, 32, 32), True, True),
-        ((9, 512, 32, 32), True, False),  # the card takes longer than the launches
-        ((0, 512), True, False),
-        ((64, 64), False, False),  # one launch gains nothing
+        ([(64, 512)], True, [64]),
+        ([(32, 512, 32, 32)], True, [32]),
+        ([(33, 512, 32, 32)], True, [17, 16]),
+        ([(32768, 512), (32768, 128)], True, [16384, 16384]),
+        ([(1, 512, 256, 256)], True, []),  # an image cannot be divided
+        ([(0, 512)], True, []),
+        ([(64, 64)], False, []),  # one launch gains nothing
     ],
 )
-def test_calls_of_many_launches_and_few_rows_take_graphs(
-    shape: tuple[int, ...], often: bool, graphs: bool, monkeypatch: pytest.MonkeyPatch
+def test_calls_of_many_launches_take_graphs_of_a_bounded_size(
+    shapes: list[tuple[int, ...]], often: bool, parts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, bool]] = []
-
-    class Flow:
-        def launches_often(self, rows: int, own_condition: bool) -> bool:
-            asked.append((rows, own_condition))
-            return often
-
-    features: Any = _OnCard(*shape)
-    prepared = registration._Prepared(Flow(), (None, []))  # type: ignore[arg-type]
-    assert prepared._takes_graphs(features, None) == graphs
-    assert asked in ([], [(math.prod(shape) // shape[1], False)])
-    assert not prepared._takes_graphs(features, _OnCard(registration.GRAPH_ELEMENTS))  # type: ignore[arg-type]
+    flow = _Flow(often)
+    prepared = registration._Prepared(flow, (None, []))  # type: ignore[arg-type]
+    features, *condition = [on_card(*shape) for shape in shapes]
+    own = condition[0] if condition else None
+    found = prepared._parts(features, own)
+    assert [len(part[0]) for part in found] == parts
+    assert all(len(tensor) == len(part[0]) for part in found for tensor in part)
+    assert all(sum(tensor.numel() for tensor in part) <= registration.GRAPH_ELEMENTS for part in found)
+    rows = math.prod(shapes[0]) // shapes[0][1] * (parts or [1])[0] // max(1, sum(parts or [1]))
+    assert flow.asked in ([], [(rows, own is not None)])
     monkeypatch.setenv("CFLOW_FAST_GRAPHS", "0")
-    assert not prepared._takes_graphs(features, None)
+    assert not prepared._parts(features, own)
+
+
+def test_parts_of_a_call_come_together_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, c = torch.randn(7, 3), torch.randn(7, 2)
+    monkeypatch.setattr(registration, "_log_prob", lambda flow, z, c=None: z.sum(1) - (0 if c is None else c.sum(1)))
+    monkeypatch.setattr(registration, "_rows", lambda flow, z, c: (z + 1, z.sum(1) - c.sum(1)))
+    prepared = registration._Prepared(_Flow(True), (None, []))  # type: ignore[arg-type]
+    halves = [(z[:4], c[:4]), (z[4:], c[4:])]
+    monkeypatch.setattr(prepared, "_parts", lambda z, c: halves if c is not None else [(half[0],) for half in halves])
+    assert torch.equal(prepared.log_prob(z, None), z.sum(1))
+    assert torch.equal(prepared.log_prob(z, c), z.sum(1) - c.sum(1))
+    u, log_det = prepared.rows(z, c)
+    assert torch.equal(u, z + 1)
+    torch.testing.assert_close(log_det, z.sum(1) - c.sum(1))
 
 
 def test_other_weights_in_the_same_place_leave_nothing_of_the_old_ones(prepared: list[Any]) -> None:
