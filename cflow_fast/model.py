@@ -165,23 +165,18 @@ class CFlowAD(nn.Module):
         resized = resize(images.to(self.device), self.image_size)
         return self.fused_encoder()(resized.contiguous(memory_format=torch.channels_last))
 
-    @torch.no_grad()
     def log_probs(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) to each scale's log p / D in nats, (B, H_k, W_k), by the folded decoders.
 
         On a GPU the whole of it is a CUDA graph for every layout of images, the scales side by side in it.
         """
-        derived = (self.folded(), self.fused_encoder())
-        if self._graphs is None or self._graphs_of != derived:
-            if self._graphs is not None:
-                self._graphs.clear()
-            log_probs = weakref.WeakMethod(self._log_probs)  # or a model would live, on the card, until a collection
-            self._graphs, self._graphs_of = GraphCache(lambda images: log_probs()(images)), derived  # type: ignore[misc]
-        return list(self._graphs(images.to(self.device)))
+        return list(self._results(images)[: len(self.decoders)])
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in [0, 1], to anomaly maps (B, H, W) at the images' own size."""
-        return self._anomaly_map(self.log_probs(images), (images.shape[2], images.shape[3]))
+        results = self._results(images)
+        log_probs, maps = results[: len(self.decoders)], results[len(self.decoders) :]
+        return maps[0] if maps else self._anomaly_map(log_probs, (images.shape[2], images.shape[3]))
 
     def predict(self, images: Tensor | ImageLike | Iterable[ImageLike], batch_size: int = 8) -> list[Prediction]:
         """Inspect images: a tensor (B, 3, H, W) in [0, 1], or one or several paths, PIL images or arrays (H, W[, 3]).
@@ -280,6 +275,26 @@ class CFlowAD(nn.Module):
         from cflow_fast.model_file import load_model
 
         return load_model(path, device)
+
+    @torch.no_grad()
+    def _results(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What `_computed` says, by a graph where there are any."""
+        maxima = self._calibration[0] if self.is_calibrated else None  # numbers in a graph
+        derived = (self.folded(), self.fused_encoder(), maxima)
+        if self._graphs is None or self._graphs_of != derived:
+            if self._graphs is not None:
+                self._graphs.clear()
+            computed = weakref.WeakMethod(self._computed)  # or a model would live, on the card, until a collection
+            self._graphs, self._graphs_of = GraphCache(lambda images: computed()(images)), derived  # type: ignore[misc]
+        return self._graphs(images.to(self.device))
+
+    def _computed(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Each scale's log p / D; on a GPU, once calibrated, the anomaly maps at the images' own size as well, which
+        take the host longer by themselves than the whole graph."""
+        log_probs = self._log_probs(images)
+        if images.device.type != "cuda" or not self.is_calibrated:
+            return log_probs
+        return (*log_probs, self._anomaly_map(log_probs, (images.shape[2], images.shape[3])))
 
     def _log_probs(self, images: Tensor) -> tuple[Tensor, ...]:
         decoded = [

@@ -277,6 +277,30 @@ def test_a_bf16_encoder_in_a_graph_predicts_what_it_predicts_without_one(good_pa
         torch.testing.assert_close(captured, plain)
 
 
+def test_anomaly_maps_come_from_the_same_graph_as_likelihoods_and_follow_a_new_calibration(
+    models: tuple[CFlowAD, CFlowAD], good_paths: list[Path]
+) -> None:
+    _, model = models
+    images = read(good_paths[:3]).to(CARD)
+    for shift in (0.0, 0.3):
+        model.log_prob_max.add_(shift)
+        maxima = model.log_prob_max.tolist()
+        for _ in range(2):
+            expected = anomaly_map(model.log_probs(images), (images.shape[2], images.shape[3]), maxima)
+            assert torch.equal(model(images), expected)
+        assert len(model._graphs._graphs) == 1  # type: ignore[union-attr]
+
+
+def test_a_decoder_called_on_more_than_a_graph_takes_answers_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = decoder(512).fold("tf32x3")
+    x = maps(folded, 5)
+    whole = folded.log_prob(x)
+    monkeypatch.setattr(registration, "GRAPH_ELEMENTS", 2 * x[0].numel())
+    for _ in range(4):
+        torch.testing.assert_close(folded.log_prob(x), whole, rtol=0, atol=0.01)
+        assert torch.equal(folded.log_prob(x), folded.log_prob(x))
+
+
 def test_torch_compile_sees_through_a_folded_decoder() -> None:
     folded = decoder().fold("fp32")
     x = maps(folded)
