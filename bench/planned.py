@@ -15,6 +15,7 @@ from cflow_fast.bench.tune_targets import candidate_launches, targets
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.pointwise import coupled_launch, rotated_launch
+from cflow_fast.kernels.registration import GRAPH_ELEMENTS
 from cflow_fast.kernels.triton_flow import CHUNK_ROWS
 from cflow_fast.ops import KERNEL_PRECISIONS
 
@@ -78,13 +79,13 @@ def _whole_models(encoders: tuple[str, ...], size: int, batches: tuple[int, ...]
 
 
 def _loose_rows(encoders: tuple[str, ...], size: int, batches: tuple[int, ...], chip: Chip) -> Iterator[Launch]:
-    """FrEIA's modules after one line: the same positions as feature vectors with a condition each, in bf16."""
+    """FrEIA's modules after one line: the same positions as feature vectors with a condition each, in bf16, and in the
+    parts that graphs take."""
     for line in headlines(encoders, ("bf16",), (size,), batches):
         weights = specimen_weights(line.features, line.permutations == "soft", torch.bfloat16)
         rows = line.batch * line.side**2
-        for start in range(0, rows, CHUNK_ROWS):
-            count = min(CHUNK_ROWS, rows - start)
-            yield from rows_launches(weights, _empty(count, line.features), _empty(count, CONDITION), "bf16", chip)
+        count = min(CHUNK_ROWS, rows // -(-rows * (line.features + CONDITION) // GRAPH_ELEMENTS))
+        yield from rows_launches(weights, _empty(count, line.features), _empty(count, CONDITION), "bf16", chip)
 
 
 def _small(chip: Chip) -> Iterator[Launch]:
