@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cflow_fast.anomaly import anomaly_map
 from cflow_fast.calibration import conformal_threshold
+from cflow_fast.changes import Unchanged
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.encoder_fusion import FusedEncoder
 from cflow_fast.encoders import Encoder
@@ -99,9 +100,9 @@ class CFlowAD(nn.Module):
         self.register_buffer("thresholds", torch.full((2,), torch.nan))
         self.register_buffer("false_alarm_rate", torch.tensor(torch.nan))
         self._folded: list[FoldedDecoder] = []
-        self._folded_from: object = None
+        self._folded_from: tuple[object, Unchanged] | None = None
         self._fused_encoder: FusedEncoder | None = None
-        self._fused_from: object = None
+        self._fused_from: tuple[object, Unchanged] | None = None
         self._graphs: GraphCache | None = None
         self._graphs_of: object = None
         self._fetched: list[list[float]] = []
@@ -215,19 +216,21 @@ class CFlowAD(nn.Module):
 
     def folded(self) -> list[FoldedDecoder]:
         """The decoders folded in the model's precision, made anew whenever a parameter has changed."""
-        state = (self.precision, self.device, *_versions(self.decoders))
-        if state != self._folded_from:
+        wanted, found = (self.precision, self.device), self._folded_from
+        if found is None or found[0] != wanted or not found[1].still(self.decoders):
+            found = (wanted, Unchanged(self.decoders))
             precision = resolve_precision(self.precision, self.device)
             self._folded = [decoder.fold(precision) for decoder in self.decoders]  # type: ignore[operator]
-            self._folded_from = state
+            self._folded_from = found
         return self._folded
 
     def fused_encoder(self) -> FusedEncoder:
         """The encoder as features are made with it, made anew whenever one of its tensors has changed."""
-        state = (self.encoder_precision, *_versions(self.encoder))
-        if self._fused_encoder is None or state != self._fused_from:
+        wanted, found = self.encoder_precision, self._fused_from
+        if self._fused_encoder is None or found is None or found[0] != wanted or not found[1].still(self.encoder):
+            found = (wanted, Unchanged(self.encoder))
             precision = resolve_encoder_precision(self.encoder_precision, self.device)
-            self._fused_encoder, self._fused_from = FusedEncoder(self.encoder, precision), state
+            self._fused_encoder, self._fused_from = FusedEncoder(self.encoder, precision), found
         return self._fused_encoder
 
     def calibrate_maxima(self, batches: Iterable[Tensor]) -> None:
@@ -338,18 +341,6 @@ def _log_prob_per_dimension(folded: FoldedDecoder, features: Tensor) -> Tensor:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _versions(module: nn.Module) -> list[tuple[int, int, int]]:
-    """Changes whenever a parameter or buffer is exchanged, moved or written to (not those made in inference mode).
-
-    Asked for at every call: `module.parameters()`, which names and compares them all, takes three times as long.
-    """
-    modules, tensors = [module], []
-    for each in modules:
-        modules += [child for child in each._modules.values() if child is not None]
-        tensors += [*each._parameters.values(), *each._buffers.values()]
-    return [_version(tensor) for tensor in tensors if tensor is not None]
 
 
 def _version(tensor: Tensor) -> tuple[int, int, int]:
