@@ -40,14 +40,14 @@ class Built:
     """A contender ready to run on one case.
 
     `log_probs` takes feature maps [(B, D, H, W), ...] of the case's shapes to this contender's log p / D [(B, H, W),
-    ...]; None for what has no likelihood. `from_images` makes the log p / D of a whole model's own images.
+    ...]; None for what has no likelihood. `from_images` makes a whole model's of images of the case's shape.
     """
 
     run: Run
     log_probs: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
     model_bytes: int | None = None
     note: str = ""
-    from_images: Callable[[], list[Tensor]] | None = None
+    from_images: Callable[[Tensor], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -66,7 +67,7 @@ class ModelCase(DecoderCase):
 
     def yardstick(self, work: Any) -> Judge | None:
         decoders = super().yardstick(work)
-        return decoders and ModelYardstick(decoders, work)
+        return decoders and ModelYardstick(decoders, work, self.seed)
 
 
 @dataclass(frozen=True)
@@ -82,29 +83,45 @@ class ModelWork(Decoders):
 
 
 JUDGED_IMAGES = 2
-"""In float64 an encoder and its decoders take seconds an image."""
+"""Of a batch whose scales have positions enough: in float64 an encoder and its decoders take seconds an image."""
+LEAST_POSITIONS = 64
+"""Of the coarsest scale: what an image of 256 px has. The RMS of fewer is chance, and so is its ratio to another's."""
+MOST_IMAGES = 32
 IMAGE_RMS_RATIO = 1.5
 """Of a scale's log p / D made from images, over that of FrEIA behind timm's encoder in the same precision."""
 
 
 class ModelYardstick:
-    """The decoders' yardstick; of contenders that say it, also what encoder and decoders make of images, by float64."""
+    """The decoders' yardstick; of contenders that say it, also what encoder and decoders make of images, by float64.
 
-    def __init__(self, decoders: Judge, work: ModelWork) -> None:
+    The images are the case's own, and more of their kind where the coarsest scale has few positions.
+    """
+
+    def __init__(self, decoders: Judge, work: ModelWork, seed: int = 0) -> None:
         self.decoders, self.work = decoders, work
         self._losses: dict[str, list[float]] = {}
+        needed = images_needed(min(f.shape[2] * f.shape[3] for f in work.features))
+        batch = len(work.images)
+        self.judged = min(batch, max(JUDGED_IMAGES, needed))  # of each draw
+        generator = torch.Generator().manual_seed(seed + 2)  # 0 and 1 make other images
+        more = range(-(-needed // self.judged) - 1)
+        self.draws = [work.images, *(torch.rand(work.images.shape, generator=generator).to(work.device) for _ in more)]
 
     def judge(self, contender: str, precision: str, built: Built) -> Judgement | None:
         """The decoders' judgement, turned red where the images' log p / D are farther from float64 than they may be."""
         found = self.decoders.judge(contender, precision, built)
         if found is None or built.from_images is None:
             return found
-        losses = zip(self._rms(built.from_images), self._loss(precision), strict=True)
-        ratio = max(ours / theirs for ours, theirs in losses)
-        if ratio <= IMAGE_RMS_RATIO:
-            return found
-        failure = f"RMS / FrEIA's from images is {ratio:.3g}, over {IMAGE_RMS_RATIO}"
-        return replace(found, parity=False, failures="; ".join(filter(None, [found.failures, failure])))
+        ours, theirs = self._rms(built.from_images), self._loss(precision)
+        extra = {"image_rms": list(map(_finite, ours)), "image_rms_freia": list(map(_finite, theirs))}
+        found = replace(found, extra=found.extra | extra | {"judged_images": len(self.draws) * self.judged})
+        wrong = [
+            f"scale {scale}: RMS from images is {a:.3g}, over {IMAGE_RMS_RATIO} times FrEIA's {b:.3g}"
+            for scale, (a, b) in enumerate(zip(ours, theirs, strict=True), 1)
+            if not a <= IMAGE_RMS_RATIO * b
+        ]
+        failures = "; ".join(filter(None, [found.failures, *wrong]))
+        return replace(found, parity=False, failures=failures) if wrong else found
 
     def _loss(self, precision: str) -> list[float]:
         """Of FrEIA behind timm's encoder, scale by scale."""
@@ -115,17 +132,29 @@ class ModelYardstick:
             self._losses[kind] = self._rms(theirs.from_images)
         return self._losses[kind]
 
-    def _rms(self, from_images: Callable[[], list[Tensor]]) -> list[float]:
-        found = zip(from_images(), self.exact, strict=True)
-        return [(x[:JUDGED_IMAGES].double() - exact).square().mean().sqrt().item() for x, exact in found]
+    def _rms(self, from_images: Callable[[Tensor], list[Tensor]]) -> list[float]:
+        draws = [[x[: self.judged].double() for x in from_images(images)] for images in self.draws]
+        found = zip(map(torch.cat, zip(*draws, strict=True)), self.exact, strict=True)
+        return [(x - exact).square().mean().sqrt().item() for x, exact in found]
 
     @cached_property
     @torch.no_grad()
     def exact(self) -> list[Tensor]:
+        """All draws' judged images one after the other."""
         encoder = copy.deepcopy(self.work.model.encoder).double()
-        features = _encode(encoder, self.work.images[:JUDGED_IMAGES].double())
+        features = _encode(encoder, torch.cat([images[: self.judged] for images in self.draws]).double())
         decoders = [copy.deepcopy(decoder).double() for decoder in self.work.decoders]
         return [d.log_prob(f) / d.features for d, f in zip(decoders, features, strict=True)]
+
+
+def _finite(value: float) -> float | None:
+    """A file of results has no other numbers."""
+    return value if math.isfinite(value) else None
+
+
+def images_needed(positions: int) -> int:
+    """So many images that a scale of so many positions an image has the least number of them, within bounds."""
+    return min(MOST_IMAGES, -(-LEAST_POSITIONS // positions))
 
 
 def ours(work: ModelWork, precision: str) -> Built:
@@ -138,9 +167,9 @@ def ours(work: ModelWork, precision: str) -> Built:
         with matmul_precision(precision):
             return model(work.images)
 
-    def from_images() -> list[Tensor]:
+    def from_images(images: Tensor) -> list[Tensor]:
         with matmul_precision(precision):
-            return model.log_probs(work.images)
+            return model.log_probs(images)
 
     decoders = model.folded()
     size = module_bytes([model.encoder, *decoders])
@@ -165,17 +194,17 @@ def _with_encoder(
 ) -> Built:
     encodings = [peers.rows_encoding(d.condition, f) for d, f in zip(work.decoders, work.features, strict=True)]
 
-    def log_probs() -> list[Tensor]:
-        maps = zip(sequences, _encode(encoder, work.images), encodings, strict=True)
+    def log_probs(images: Tensor) -> list[Tensor]:
+        maps = zip(sequences, _encode(encoder, images), encodings, strict=True)
         return [peers.row_log_prob(s, f, c) / f.shape[1] for s, f, c in maps]
 
     def run() -> Tensor:
         with eager_precision(precision, work.device):
-            return eager_map(log_probs(), work.size)
+            return eager_map(log_probs(work.images), work.size)
 
-    def from_images() -> list[Tensor]:
+    def from_images(images: Tensor) -> list[Tensor]:
         with eager_precision(precision, work.device):
-            return log_probs()
+            return log_probs(images)
 
     size = module_bytes([work.model.encoder, *work.reference])
     return Built(run, decoders.log_probs, size, from_images=from_images)
@@ -295,9 +324,12 @@ def _baseline_encoder(work: ModelWork, resnet_taps: Sequence[str]) -> Encoder:
 
 
 def _settle(encoder: Encoder, size: int, device: torch.device) -> None:
-    """Batch norms that let something through, from two random images that leave more than one value a channel."""
-    side = max(size, 2 * max(encoder.strides))
-    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    """Batch norms that let something through, from random images: two, or of small ones as many as fill the coarsest
+    scale. Of a few values a deep network's batch norms learn so little that other images' features grow without bound.
+    """
+    side, stride = max(size, 2 * max(encoder.strides)), max(encoder.strides)
+    count = max(2, images_needed((side // stride) ** 2))
+    images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     calibrate_batch_norm(encoder, [images.contiguous(memory_format=torch.channels_last)])
 
 

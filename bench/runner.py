@@ -204,7 +204,13 @@ def _row(
         extra={"prepare_seconds": runner.prepare_seconds} | case.extra(seconds.median),
     )
     if judgement is not None:
-        row = replace(row, error_max=judgement.error_max, error_rms=judgement.error_rms, parity=judgement.parity)
+        row = replace(
+            row,
+            error_max=judgement.error_max,
+            error_rms=judgement.error_rms,
+            parity=judgement.parity,
+            extra=row.extra | judgement.extra,
+        )
         if not judgement.parity:
             return replace(row, status="parity failed", note=judgement.failures)
     return _with_speedups(row, runner, everyone, reference)

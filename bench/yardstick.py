@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -31,12 +31,13 @@ add up its likelihood in bf16 too, which FrEIA leaves to its caller."""
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a contender's log p / D deviates from float64, and whether it passes."""
+    """What a contender's log p / D deviates from float64, and whether it passes; `extra`: what else was compared."""
 
     error_max: float
     error_rms: float
     parity: bool
     failures: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Judge(Protocol):

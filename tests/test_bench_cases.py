@@ -12,9 +12,11 @@ import torch
 from cflow_fast.bench import decoder as decoders
 from cflow_fast.bench import end_to_end, maps, peers, training
 from cflow_fast.bench.cases import ENCODERS, DecoderCase, Scales, decoder_flop, grid, scales_of
-from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, is_installed
+from cflow_fast.bench.contenders import FLOOR, OURS, PLAIN, Built, Contender, is_installed
 from cflow_fast.bench.decoder import CONTENDERS
 from cflow_fast.bench.maps import MapCase, MapWork
+from cflow_fast.bench.measurement import Effort
+from cflow_fast.bench.runner import Entrant, measure_case
 from cflow_fast.bench.yardstick import Yardstick
 from cflow_fast.encoders import Encoder
 from cflow_fast.errors import EncoderError
@@ -177,7 +179,7 @@ def test_whole_models_are_judged_from_images(name: str) -> None:
     assert judged is not None
     assert judged.parity, judged.failures
     assert built.from_images is not None
-    assert [tuple(x.shape) for x in built.from_images()] == [tuple(f[:, 0].shape) for f in work.features]
+    assert [tuple(x.shape) for x in built.from_images(work.images)] == [tuple(f[:, 0].shape) for f in work.features]
 
 
 def test_a_wrong_encoder_is_found_though_the_decoders_are_right() -> None:
@@ -190,6 +192,59 @@ def test_a_wrong_encoder_is_found_though_the_decoders_are_right() -> None:
     assert judged is not None
     assert not judged.parity
     assert "from images" in judged.failures
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_small_image_is_judged_beside_others_of_its_kind(seed: int) -> None:
+    """The ratio of two errors over the four positions of a coarsest scale says nothing."""
+    case = replace(MODEL_CASE, batch=1, seed=seed)
+    work = case.work()
+    yardstick = case.yardstick(work)
+    assert isinstance(yardstick, end_to_end.ModelYardstick)
+    judged = yardstick.judge(OURS, "fp32", end_to_end.ours(work, "fp32"))
+    assert judged is not None
+    assert judged.parity, judged.failures
+    assert judged.extra["judged_images"] == 16
+    assert [x.numel() for x in yardstick.exact] == [16 * 64, 16 * 16, 16 * 4]
+    assert len({images.sum().item() for images in yardstick.draws}) == 16
+
+
+@pytest.mark.parametrize(("size", "batch", "draws", "judged"), [(256, 1, 1, 1), (64, 32, 1, 16), (64, 12, 2, 12)])
+def test_images_are_drawn_where_the_cases_own_are_not_enough(size: int, batch: int, draws: int, judged: int) -> None:
+    sides = MODEL_CASE.scales.sides(size)
+    features = [torch.empty(batch, d, side, side) for d, side in zip(MODEL_CASE.scales.channels, sides, strict=True)]
+    work = replace(MODEL_CASE.work(), features=features, images=torch.empty(batch, 3, size, size))
+    yardstick = end_to_end.ModelYardstick(CASE.yardstick(CASE.work()), work)  # type: ignore[arg-type]
+    assert len(yardstick.draws) == draws
+    assert yardstick.judged == judged
+    assert all(images.shape == work.images.shape for images in yardstick.draws)
+
+
+def test_an_encoder_in_another_precision_is_found_and_the_row_has_its_numbers() -> None:
+    def in_bf16(work: Any, precision: str) -> Built:
+        model = copy.copy(work.model)
+        model.precision, model.encoder_precision = "fp32", "bf16"
+        built = end_to_end.ours(work, precision)
+        return replace(built, from_images=model.log_probs)
+
+    case = replace(MODEL_CASE, batch=1)
+    effort = Effort(seconds=1.0, least_rounds=1, most_rounds=1)
+    (row,) = measure_case(case, [Entrant(Contender(OURS, in_bf16), "fp32")], effort=effort)
+    assert row.status == "parity failed"
+    assert row.parity is False
+    for scale, (ours, theirs) in enumerate(zip(row.extra["image_rms"], row.extra["image_rms_freia"], strict=True), 1):
+        assert ours > 100 * theirs
+        assert f"scale {scale}: RMS from images is {ours:.3g}, over 1.5 times FrEIA's {theirs:.3g}" in row.note
+
+
+def test_likelihoods_that_are_no_numbers_fail_and_can_be_stored() -> None:
+    work = MODEL_CASE.work()
+    built = end_to_end.ours(work, "fp32")
+    wrong = replace(built, from_images=lambda images: [torch.full_like(f[:, 0], torch.nan) for f in work.features])
+    judged = MODEL_CASE.yardstick(work).judge(OURS, "fp32", wrong)  # type: ignore[union-attr]
+    assert judged is not None
+    assert not judged.parity
+    assert judged.extra["image_rms"] == [None, None, None]
 
 
 def test_the_floors_tensors_lie_where_the_decoders_are(monkeypatch: pytest.MonkeyPatch) -> None:
