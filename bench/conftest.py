@@ -14,7 +14,7 @@ from cflow_fast.bench.cases import Case
 from cflow_fast.bench.contenders import OURS, Contender
 from cflow_fast.bench.machine import file_name
 from cflow_fast.bench.measurement import Clock, Effort, Track
-from cflow_fast.bench.results import Row, write_results
+from cflow_fast.bench.results import Row, store_results
 from cflow_fast.bench.runner import Entrant
 from cflow_fast.bench.session import Session
 
@@ -94,11 +94,12 @@ def _driven_by(benchmark: Any) -> Callable[..., None]:
     return turns
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     measured, path = session.config.stash.get(SESSION, None), session.config.getoption("--results")
     if measured is not None and measured.rows and path is not None:
+        measured.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
         results = measured.results()
-        write_results(results_file(path, str(results.machine["cpu"])), results)
+        store_results(results_file(path, str(results.machine["cpu"])), results)
 
 
 def results_file(path: Path, cpu: str) -> Path:

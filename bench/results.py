@@ -100,6 +100,7 @@ class Results:
     commit: str
     peak_flops: dict[str, float]  # precision to FLOP/s, measured
     rows: list[Row] = field(default_factory=list)
+    interrupted: bool = False  # before the command's end: rows are missing, or have fewer rounds
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,16 @@ class Change:
 def write_results(path: Path, results: Results) -> None:
     """Write a run as JSON, atomically. Numbers that JSON does not have are an error, never NaN."""
     write_text(path, json.dumps({"format": FORMAT} | asdict(results), indent=1, allow_nan=False) + "\n")
+
+
+def store_results(path: Path, results: Results) -> Path:
+    """Write a run to `path`, or one that was interrupted beside it; where it was written to.
+
+    Of r.json that is r.partial.json: a whole run in the file stays.
+    """
+    written = path.with_name(f"{path.stem}.partial{path.suffix}") if results.interrupted else path
+    write_results(written, results)
+    return written
 
 
 def read_results(path: Path) -> Results:

@@ -26,6 +26,7 @@ class Session:
     effort: Effort = field(default_factory=Effort)
     peak_flops: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    interrupted: bool = False
 
     def measure_rates(self) -> None:
         """The device's matrix rate in every precision that it has: the best so far, since other work disturbs it."""
@@ -65,6 +66,7 @@ class Session:
             commit=commit(),
             peak_flops=dict(self.peak_flops),
             rows=[self._with_share(row) for row in self.rows],
+            interrupted=self.interrupted,
         )
 
     def _with_share(self, row: Row) -> Row:

@@ -80,5 +80,8 @@ def test_an_interruption_prints_what_there_is(category: Path, tmp_path: Path, mo
     path = tmp_path / "out.json"
     result = CliRunner().invoke(ablation, [str(category), *TINY, "--size", "64", "--json", str(path)])
     assert result.exit_code == 130
-    assert [row.case for row in read_results(path).rows] == ["cloth, base"]
+    stored = read_results(tmp_path / "out.partial.json")
+    assert stored.interrupted
+    assert [row.case for row in stored.rows] == ["cloth, base"]
+    assert not path.exists()
     assert "cloth, base" in result.output

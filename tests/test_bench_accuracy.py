@@ -144,7 +144,11 @@ def test_an_interruption_prints_what_there_is(category: Path, tmp_path: Path, mo
     result = run(accuracy, category, *TINY, "--methods", "padim,spade", "--json", tmp_path / "out.json")
     assert result.exit_code == 130
     assert "90.00" in result.output
-    assert [row.contender for row in read_results(tmp_path / "out.json").rows] == ["padim"]
+    assert "interrupted: this is what was measured until then" in result.output
+    stored = read_results(tmp_path / "out.partial.json")
+    assert stored.interrupted
+    assert [row.contender for row in stored.rows] == ["padim"]
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_an_interruption_before_the_first_row_leaves_an_older_file_as_it_is(

@@ -20,6 +20,7 @@ from cflow_fast.cli import main
 from cflow_fast.cli.bench_tables import command_line
 
 TINY = ("--encoder", "mobilenetv3_large_100", "--rounds", "2", "--device", "cpu")
+TINY_DECODER = ("decoder", *TINY, "--size", "32", "--precision", "fp32")
 RESNET = ("--size", "64", "--precision", "fp32", "--against", "freia,padim,spade", "--encoder", "resnet18")
 
 
@@ -76,14 +77,16 @@ def test_sizes_batches_and_permutations_are_repeated_or_comma_separated(tmp_path
 
 def test_comparison_with_an_older_file_shows_every_row(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
-    command = ("decoder", *TINY, "--size", "32", "--precision", "fp32")
+    command = TINY_DECODER
     assert bench(*command, "--json", path).exit_code == 0
     facts = json.loads(path.read_text())
+    assert facts["interrupted"] is False
     for row in facts["rows"]:
         row["seconds"]["median"] = 1e6
     path.write_text(json.dumps(facts))
     output = bench(*command, "--compare", path).output
     assert "change since the older file" in output
+    assert "interrupted" not in output
     changed = output[output.index("change since") :]
     assert changed.count("0.00") >= 2
 
@@ -185,13 +188,20 @@ def test_interruption_prints_and_stores_what_was_measured(tmp_path: Path, monkey
         return ours(work, precision)
 
     monkeypatch.setitem(CONTENDERS, OURS, Contender(OURS, build))
-    path = tmp_path / "results.json"
+    path, partial = tmp_path / "results.json", tmp_path / "results.partial.json"
+    path.write_text("an older run")
     command = ("decoder", *TINY, "--size", "32,64", "--precision", "fp32", "--json", path)
     result = bench(*command)
     assert result.exit_code == 130
     assert "interrupted: this is what was measured until then" in result.output
+    assert f"wrote {partial}; {path} is for a whole run and was not touched" in result.output
     assert "[2 round(s)]" in result.output  # no interval is claimed from so few
-    assert {row.axes["size"] for row in read_results(path).rows} == {32}
+    stored = read_results(partial)
+    assert stored.interrupted
+    assert {row.axes["size"] for row in stored.rows} == {32}
+    assert path.read_text() == "an older run"
+    again = bench(*TINY_DECODER, "--against", "freia", "--compare", partial)
+    assert "interrupted before its end" in " ".join(again.output.split())
 
 
 @pytest.mark.parametrize("command", ["decoder", "stages"])

@@ -180,6 +180,17 @@ def test_an_interruption_keeps_the_rounds_that_were_finished(monkeypatch: pytest
     assert all(row.seconds is not None and row.seconds.rounds == 1 for row in rows)
 
 
+def test_an_interrupted_run_is_stored_beside_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "speed_rows", interrupt)
+    result = run("--encoder", "resnet18", "--size", 64, "--json", tmp_path / "out.json")
+    assert result.exit_code == 130
+    assert read_results(tmp_path / "out.partial.json").interrupted
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_the_tables_have_the_papers_figures_beside_ours(tmp_path: Path) -> None:
     result = run("--encoder", "resnet18", "--no-speed", "--size", 64, "--json", tmp_path / "out.json", "--seed", 5)
     assert result.exit_code == 0

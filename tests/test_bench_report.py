@@ -285,6 +285,21 @@ def test_a_later_run_on_the_same_device_takes_the_place_of_an_earlier_one_and_sa
     assert "1 measurement of run1.json left out" in text
 
 
+def test_an_interrupted_run_says_so_and_takes_no_whole_runs_place() -> None:
+    whole = replace(run([timed("freia", "fp32", 1, 137.0, "cpu")], CPU), created="2026-01-01T00:00:00+00:00")
+    rows = [timed("freia", "fp32", batch, rate, "cpu") for batch, rate in ((1, 251.0), (2, 433.0))]
+    part = replace(run(rows, CPU), interrupted=True)
+    assert part.created > whole.created
+    page = _page(whole, part)
+    assert "137" in page.text
+    assert "433" in page.text
+    assert "251" not in page.text
+    assert "1 measurement of run1.json left out" in page.text
+    assert page.sections["machines"].count("interrupted") == 1
+    assert "run1.json · 2026-01-02 03:04 · interrupted before its end" in page.text
+    assert "interrupted" not in _page(whole).text
+
+
 def test_what_was_not_measured_is_written() -> None:
     rows = [timed("freia", "fp32", 1, 10.0, "cpu"), replace(timed("freia", "bf16", 1, 10.0, "cpu"), model_bytes=None)]
     without_peaks = replace(run(rows, CPU), peak_flops={})

@@ -19,6 +19,7 @@ from cflow_fast.bench.results import (
     Summary,
     compare,
     read_results,
+    store_results,
     write_results,
 )
 
@@ -54,6 +55,23 @@ RESULTS = Results(
 
 def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     write_results(tmp_path / "r.json", RESULTS)
+    assert read_results(tmp_path / "r.json") == RESULTS
+
+
+def test_a_run_that_was_interrupted_is_written_beside_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "of.today.json"
+    assert store_results(path, RESULTS) == path
+    part = replace(RESULTS, rows=[ROW], interrupted=True)
+    written = store_results(path, part)
+    assert written == tmp_path / "of.today.partial.json"
+    assert read_results(path) == RESULTS
+    assert read_results(written) == part
+
+
+def test_a_file_from_before_interruptions_were_marked_is_a_whole_run(tmp_path: Path) -> None:
+    facts = json.loads(_written())
+    del facts["interrupted"]
+    (tmp_path / "r.json").write_text(json.dumps(facts))
     assert read_results(tmp_path / "r.json") == RESULTS
 
 

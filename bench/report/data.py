@@ -100,13 +100,17 @@ def _is_foreign(path: Path) -> bool:
 
 
 def measured(sources: Sequence[Source]) -> tuple[list[Measured], list[Measured]]:
-    """(rows to show, rows superseded by a later run of the same measurement in the same place), in the files' order."""
+    """(rows to show, rows superseded by a later run of the same measurement in the same place), in the files' order.
+
+    A run that was interrupted supersedes none that was not.
+    """
     rows = [
         Measured(row, source, place_name(source.results, row.device))
         for source in sources
         for row in source.results.rows
     ]
-    newest = {m.key: id(m.source) for m in sorted(rows, key=lambda m: m.source.results.created)}
+    ordered = sorted(rows, key=lambda m: (not m.source.results.interrupted, m.source.results.created))
+    newest = {m.key: id(m.source) for m in ordered}
     kept = [m for m in rows if newest[m.key] == id(m.source)]
     return kept, [m for m in rows if newest[m.key] != id(m.source)]
 

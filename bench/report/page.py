@@ -155,6 +155,7 @@ def _made_by(source: Source) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     facts = [
         results.created[:16].replace("T", " "),
+        "interrupted before its end" if results.interrupted else "",
         f"commit {results.commit[:12]}" if results.commit else "",
         versions,
     ]
@@ -171,8 +172,8 @@ def _machines(sources: Sequence[Source], superseded: Sequence[Measured]) -> str:
         parts.append(f"<article><h3>{escape(source.name)}</h3><dl>{facts}</dl></article>")
     if superseded:
         names = ", ".join(dict.fromkeys(m.source.name for m in superseded))
-        many = _count(len(superseded), "measurement")
-        parts.append(f"<p>{many} of {escape(names)} left out: a later run on the same device repeated them.</p>")
+        left_out = f"{_count(len(superseded), 'measurement')} of {escape(names)} left out"
+        parts.append(f"<p>{left_out}: a later or a whole run on the same device has them too.</p>")
     return "\n".join([*parts, "</section>"])
 
 
@@ -180,6 +181,8 @@ def _facts(source: Source) -> Iterator[tuple[str, str]]:
     results = source.results
     yield "command", results.command
     yield "date", results.created.replace("T", " ")
+    if results.interrupted:
+        yield "interrupted", "before the command's end: rows are missing, or have fewer rounds"
     yield "commit", results.commit or "unknown"
     yield "seed", str(results.seed)
     for name, value in results.machine.items():

@@ -70,7 +70,7 @@ def ablation(
     rows: list[Row] = []
     interrupted = _measure(category, planned, seed, rows)
     print_wide(table(rows, planned[0]))
-    results = results_of(rows, device, seed)
+    results = results_of(rows, device, seed, interrupted)
     if old is not None:
         print_wide(metric_changes(compare(old, results), old))
     store(json_path, results)

@@ -77,7 +77,7 @@ def accuracy(
     interrupted = _measure(category, chosen, setting, runs, seed, rows)
     print_wide(table(rows, category.name))
     console.print(paper.BEST_EPOCH)
-    results = results_of(rows, device, seed)
+    results = results_of(rows, device, seed, interrupted)
     if old is not None:
         print_wide(metric_changes(compare(old, results), old))
     store(json_path, results)

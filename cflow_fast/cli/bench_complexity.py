@@ -57,7 +57,7 @@ def complexity(
     if not no_speed:
         interrupted = _measure(encoders, sizes, device, seed, seconds, speeds)
         print_wide(speed_table(speeds))
-    results = results_of([*counted, *costs, *speeds], device, seed)
+    results = results_of([*counted, *costs, *speeds], device, seed, interrupted)
     if old is not None:
         _print_changes(compare(old, results), old)
     store(json_path, results)

@@ -18,7 +18,7 @@ from cflow_fast.bench.runner import Entrant
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.bench_show import comparison_table, print_wide, show
 from cflow_fast.cli.bench_tables import compare_option, exit_code, json_option, store
-from cflow_fast.cli.common import console, device_option, progress_bar
+from cflow_fast.cli.common import device_option, progress_bar
 from cflow_fast.files import check_writable
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -150,11 +150,10 @@ def run_cases(
 
 def finish(session: Session, interrupted: bool, json_path: Path | None, old: Results | None) -> NoReturn:
     """Print the rows, store them, compare them, and exit: with 1 when nothing could be measured."""
+    session.interrupted = interrupted
     results = session.results()
     show(results)
     if old is not None:
         print_wide(comparison_table(compare(old, results), old))
     store(json_path, results)
-    if interrupted:
-        console.print("interrupted: this is what was measured until then")
     sys.exit(exit_code(results.rows, interrupted))

@@ -180,7 +180,8 @@ def size_changes(changes: Iterable[Change], old: Results) -> Table:
 def _since(old: Results, table: Table, *facts: str) -> Table:
     if not table.row_count:
         table.add_row("no measurement is in both files")
-    table.caption = Text(", ".join([f"older: {old.created}", f"commit {old.commit[:12]}", *facts]))
+    ended = ["interrupted before its end"] if old.interrupted else []
+    table.caption = Text(", ".join([f"older: {old.created}", *ended, f"commit {old.commit[:12]}", *facts]))
     return table
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import torch
 
-from cflow_fast.bench.results import Results, Row, write_results
+from cflow_fast.bench.results import Results, Row, store_results
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.common import console
 
@@ -29,20 +29,21 @@ compare_option = click.option(
 )
 
 
-def results_of(rows: Sequence[Row], device: torch.device, seed: int) -> Results:
+def results_of(rows: Sequence[Row], device: torch.device, seed: int, interrupted: bool = False) -> Results:
     """The rows with the machine, the versions and the command line."""
-    return Session(command_line(), device, seed, rows=list(rows)).results()
+    return Session(command_line(), device, seed, rows=list(rows), interrupted=interrupted).results()
 
 
 def store(path: Path | None, results: Results) -> None:
-    """Write them if a path was given; without a row an older file there stays as it is."""
-    if path is None:
-        return
-    if not results.rows:
+    """Write them if a path was given; without a row, or after Ctrl-C, an older file there stays as it is."""
+    if path is not None and not results.rows:
         console.print(f"nothing was measured, {path} was not written", markup=False, soft_wrap=True)
-        return
-    write_results(path, results)
-    console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    elif path is not None:
+        written = store_results(path, results)
+        beside = "" if written == path else f"; {path} is for a whole run and was not touched"
+        console.print(f"wrote {written}{beside}", markup=False, soft_wrap=True)
+    if results.interrupted and results.rows:
+        console.print("interrupted: this is what was measured until then")
 
 
 def exit_code(rows: Sequence[Row], interrupted: bool) -> int:
