@@ -4,6 +4,9 @@ The flow of one pooling scale: `FlowDecoder` (trainable), `FoldedDecoder` (fast)
 The whole model: `CFlowAD`, fitted by `Fit` with a recipe of `PRESETS`; `anomaly_map` is its last step on its own.
 """
 
+# Before anything that takes long:
+from cflow_fast import interruption as interruption  # isort: split
+
 from cflow_fast.accelerate import accelerate
 from cflow_fast.anomaly import anomaly_map
 from cflow_fast.decoder import FlowDecoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,37 @@ def test_the_package_runs_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "cflow_fast", "--version"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == run("--version").stdout
+
+
+@pytest.mark.parametrize("imported", ["torch", "rich"])  # by the package, and by the command line alone
+@pytest.mark.parametrize("program", ["cflow-fast", "-m"])
+def test_ctrl_c_during_the_imports_of_a_command_ends_it_with_a_word(
+    program: str, imported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = _interrupted(program, imported, tmp_path, monkeypatch)
+    assert result.returncode == 130
+    assert result.stderr == "interrupted\n"
+
+
+def test_a_program_that_imports_the_package_keeps_its_tracebacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = _interrupted("mine.py", "torch", tmp_path, monkeypatch)
+    assert result.stderr.startswith("Traceback")
+    assert "KeyboardInterrupt" in result.stderr
+
+
+def _interrupted(
+    program: str, imported: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, or a program that imports it, in which the import of something is interrupted."""
+    (folder / "first").mkdir()
+    (folder / "first" / f"{imported}.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "first"), *filter(None, sys.path)]))
+    script = folder / program
+    script.write_text("import sys\nfrom cflow_fast.cli import main\nsys.exit(main())")
+    words = ["-m", "cflow_fast"] if program == "-m" else [str(script)]
+    return subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True)
 
 
 def test_predict_inspects_files_and_folders(model: CFlowAD, model_path: Path, category: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from cflow_fast.cli.test import test
 from cflow_fast.cli.train import train
 from cflow_fast.cli.tune import tune
 from cflow_fast.errors import CFlowFastError
+from cflow_fast.interruption import INTERRUPTED
 
 
 class _Commands(click.Group):
@@ -33,7 +34,7 @@ class _Commands(click.Group):
             raise click.ClickException(f"{where}{error.strerror or error}") from error
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

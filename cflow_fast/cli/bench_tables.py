@@ -13,10 +13,9 @@ import torch
 from cflow_fast.bench.results import Results, Row, store_results
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.common import console
+from cflow_fast.interruption import INTERRUPTED
 
 NOT_MEASURED = "not measured"
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells know it."""
 
 json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Store the rows there."
