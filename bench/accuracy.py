@@ -209,17 +209,21 @@ def _measure_baseline(
 
 
 def baseline_encoder(method: str, setting: Setting) -> Encoder:
-    """With the taps that the method's paper takes: in a ResNet layer1 to layer3, and for SPADE layer4 to find images.
+    pretrained = setting.pretrained and setting.encoder_weights is None
+    layers = baseline_layers(method, setting)
+    encoder = Encoder(setting.encoder, layers, pretrained, setting.encoder_weights).to(setting.device)
+    return encoder.to(memory_format=torch.channels_last)
 
-    A weights file that ends at layer3 leaves SPADE layer3 to find them by.
+
+def baseline_layers(method: str, setting: Setting) -> tuple[str, ...] | None:
+    """The taps that the method's paper takes: in a ResNet layer1 to layer3, and for SPADE layer4 to find images.
+
+    A weights file that ends at layer3 leaves SPADE layer3 to find them by. None: the encoder's defaults.
     """
     layers = setting.baseline_layers
     if layers is None and "resnet" in setting.encoder:
         layers = RESNET_TAPS if method == "padim" or setting.encoder_weights else (*RESNET_TAPS, "layer4")
-    layers = layers or setting.layers
-    pretrained = setting.pretrained and setting.encoder_weights is None
-    encoder = Encoder(setting.encoder, layers, pretrained, setting.encoder_weights).to(setting.device)
-    return encoder.to(memory_format=torch.channels_last)
+    return layers or setting.layers
 
 
 def _good_images(category: MVTecCategory, setting: Setting, on_skip: OnSkip) -> Iterator[Tensor]:

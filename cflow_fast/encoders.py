@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         reflect_padding: bool = False,
     ) -> None:
         super().__init__()
-        config = _find_config(name)
+        config = find_config(name)
         model, state, self.source = create_model(name, pretrained, weights)
         model.eval()
         self.name = name
@@ -120,8 +120,8 @@ def calibrate_batch_norm(encoder: Encoder, batches: Iterable[Tensor]) -> None:
         raise EncoderError(f"no image to calibrate the batch norms of {encoder.name} with: give at least one batch")
 
 
-def _find_config(name: str) -> Any:
-    """timm's record of the model and of the inputs its weights expect."""
+def find_config(name: str) -> Any:
+    """timm's record of the model and of the inputs its weights expect. Raises EncoderError for a name it has not."""
     try:
         return timm.models.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:

@@ -47,13 +47,25 @@ def test_every_variation_is_trained_tested_and_stored(category: Path, tmp_path: 
 
 def test_an_encoder_that_cannot_be_had_is_a_row_that_says_so(category: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    words = [str(category), *TINY, "--size", "64", "--encoder", "resnet81", "--json", str(path)]
+    words = [str(category), *TINY, "--size", "64", "--encoder", "vit_tiny_patch16_224", "--json", str(path)]
     result = CliRunner().invoke(ablation, words)
     assert result.exit_code == 0, result.output
     last = read_results(path).rows[-1]
     assert last.status == "not available"
-    assert "no encoder 'resnet81'" in last.note
+    assert "vit_tiny_patch16_224 has no feature map at stride 8" in last.note
     assert last.images_per_second is None
+
+
+@pytest.mark.parametrize("encoders", [("resnet18", "resnet81"), ("resnet81", "resnet18")])
+def test_a_name_that_is_no_encoders_is_a_usage_error_before_anything_is_trained(
+    encoders: tuple[str, str], category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *arguments: pytest.fail("it trains"))
+    words = [word for encoder in encoders for word in ("--encoder", encoder)]
+    result = CliRunner().invoke(ablation, [str(category), *TINY[2:], *words, "--json", str(tmp_path / "out.json")])
+    assert result.exit_code == 2
+    assert "--encoder: no encoder 'resnet81' in timm: did you mean resnet18" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_ablation_in_which_nothing_could_be_measured_fails_and_keeps_its_rows(

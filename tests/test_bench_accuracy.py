@@ -215,6 +215,23 @@ def test_wrong_options_are_one_clear_line(category: Path) -> None:
     assert "unknown method 'patchcore'; there are cflow-fast, padim, spade" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("encoder", "options", "complaint"),
+    [
+        ("resnet18", ("--baseline-layers", "layer1,foo"), "resnet18 has no layer 'foo'; it has conv1, bn1"),
+        ("resnet18", ("--baseline-layers", "fc"), "resnet18's fc gives no feature map"),
+        ("resnetv2_50", (), "resnetv2_50 has no layer 'layer1'; it has"),  # their papers' taps, in another ResNet
+    ],
+)
+def test_taps_of_the_baselines_are_checked_before_anything_is_trained(
+    encoder: str, options: tuple[str, ...], complaint: str, category: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *arguments: pytest.fail("it trains"))
+    result = run(accuracy, category, "--encoder", encoder, "--untrained", "--device", "cpu", *options)
+    assert result.exit_code == 2
+    assert f"--baseline-layers: {complaint}" in " ".join(result.stderr.split())
+
+
 def test_the_papers_figures_average_to_its_abstract() -> None:
     """98.26 and 98.62 AUROC and 94.60 AUPRO, as the paper's averages are."""
     rows = paper.TABLE_3.values()

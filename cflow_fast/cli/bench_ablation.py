@@ -23,6 +23,8 @@ from cflow_fast.cli.bench_show import metric_changes, print_wide
 from cflow_fast.cli.bench_tables import compare_option, exit_code, json_option, number, results_of, store
 from cflow_fast.cli.common import console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
+from cflow_fast.encoders import find_config
+from cflow_fast.errors import EncoderError
 
 
 @click.command()
@@ -62,6 +64,7 @@ def ablation(
     Coupling layers, pooling layers, image size, condition and encoder. Ctrl-C prints what has been measured; exits
     with 1 when nothing could be.
     """
+    _check_names(encoders)
     category = MVTecCategory(data)
     category.check()
     old = open_files(json_path, old_path)
@@ -75,6 +78,14 @@ def ablation(
         print_wide(metric_changes(compare(old, results), old))
     store(json_path, results)
     sys.exit(exit_code(rows, interrupted))
+
+
+def _check_names(encoders: Sequence[str]) -> None:
+    for encoder in encoders:
+        try:
+            find_config(encoder)
+        except EncoderError as error:
+            raise click.UsageError(f"--encoder: {error}") from error
 
 
 def _measure(category: MVTecCategory, planned: Sequence[bench.Variation], seed: int, rows: list[Row]) -> bool:

@@ -16,6 +16,7 @@ from rich.table import Table
 from cflow_fast.bench import accuracy as bench
 from cflow_fast.bench import paper
 from cflow_fast.bench.baselines.maps import NotEnoughMemoryError
+from cflow_fast.bench.contenders import OURS
 from cflow_fast.bench.counting import MEGABYTE
 from cflow_fast.bench.results import Row, compare
 from cflow_fast.cli.bench_options import open_files
@@ -23,6 +24,8 @@ from cflow_fast.cli.bench_show import metric_changes, print_wide
 from cflow_fast.cli.bench_tables import compare_option, exit_code, json_option, number, results_of, store
 from cflow_fast.cli.common import Skipped, console, loading_options, progress_bar
 from cflow_fast.datasets import MVTecCategory
+from cflow_fast.encoders import Encoder
+from cflow_fast.errors import EncoderError
 from cflow_fast.recipes import PRESETS, SOFT_PRESETS, Recipe
 
 
@@ -73,6 +76,7 @@ def accuracy(
     category.check()
     old = open_files(json_path, old_path)
     setting = setting_from(encoder, image_size, device, baseline_layers=taps(baseline_layers), **options)
+    check_taps(chosen, setting)
     rows: list[Row] = []
     interrupted = _measure(category, chosen, setting, runs, seed, rows)
     print_wide(table(rows, category.name))
@@ -120,6 +124,16 @@ def method_names(text: str) -> list[str]:
         what = f"unknown method {unknown[0]!r}" if unknown else "no method"
         raise click.UsageError(f"--methods: {what}; there are {', '.join(bench.METHODS)}")
     return names
+
+
+def check_taps(methods: Sequence[str], setting: bench.Setting) -> None:
+    """Find before anything is trained what would end it: UsageError for a baseline's taps, EncoderError otherwise."""
+    Encoder(setting.encoder, setting.layers, pretrained=False)
+    for layers in {bench.baseline_layers(method, setting) for method in methods if method != OURS} - {setting.layers}:
+        try:
+            Encoder(setting.encoder, layers, pretrained=False)
+        except EncoderError as error:
+            raise click.UsageError(f"--baseline-layers: {error}") from error
 
 
 def taps(text: str | None) -> tuple[str, ...] | None:
