@@ -166,6 +166,7 @@ def _rows(
     }
     label = f"{model.encoder.name}, {count} images to {model.image_size[0]} px, batch {batch_size}"
     total = summarize(totals).median
+    arithmetic = model.folded()[0].arithmetic
     rows = []
     for name in (*passes[0], TOTAL):
         seconds = list(totals) if name == TOTAL else [spent[name] for spent in passes]
@@ -176,8 +177,9 @@ def _rows(
                 case=f"{label}: {name}",
                 axes=axes | {"stage": name},
                 contender=OURS,
-                precision=model.folded()[0].precision,
+                precision=arithmetic.precision,
                 device=model.device.type,
+                note=arithmetic.note,
                 seconds=summarize(seconds),
                 images_per_second=count / total if name == TOTAL else None,
                 extra={"share": share, "milliseconds_per_image": 1e3 * share * total / count},

@@ -70,6 +70,35 @@ def test_command_prints_the_stages_and_writes_a_trace_that_names_them(
     assert {"read", "decode", "encode", "map", "write"} <= {event.get("name") for event in events}
 
 
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_a_precision_that_the_device_does_not_have_is_refused(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cflow_fast.cli.bench_stages.made_model", lambda *arguments: pytest.fail("a model is made"))
+    words = ("--encoder", "resnet18", "--precision", precision, "--device", "cpu", "--json", tmp_path / "out.json")
+    result = run("bench", "stages", *words)
+    assert result.exit_code == 2
+    expected = f"Error: --precision: this cpu does not multiply {precision}; there are auto, fp64, fp32"
+    assert result.stderr.splitlines()[-1].startswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_names_the_precision_and_what_became_of_a_models_own(
+    model: CFlowAD, good_paths: list[Path], tmp_path: Path
+) -> None:
+    options = ("--rounds", "1", "--device", "cpu")
+    made = run(
+        "bench", "stages", "--encoder", "resnet18", "--size", "32", "--count", "1", "--precision", "fp64", *options
+    )
+    assert "resnet18, 1 images to 32 px, batch 8, decoders in fp64" in " ".join(made.output.split())
+    model.precision = "tf32"
+    model.save(tmp_path / "model.safetensors")
+    words = (good_paths[0].parent, "--model", tmp_path / "model.safetensors", *options)
+    loaded = run("bench", "stages", *words)
+    assert "batch 8, decoders in tf32" in " ".join(loaded.output.split())
+    assert "cflow-fast: no tf32 on this cpu: fp32" in loaded.output
+
+
 def test_images_are_made_where_none_are_given(tmp_path: Path) -> None:
     paths = made_images(tmp_path, 2, (20, 30))
     assert [path.name for path in paths] == ["000.png", "001.png"]

@@ -94,7 +94,8 @@ def _cost_table(rows: Sequence[Row]) -> Table:
 
 
 def _stage_table(rows: Sequence[Row]) -> Table:
-    table = _table(rows[0].case.rpartition(":")[0] if rows else "", "ms an image", "share", first="stage")
+    title = f"{rows[0].case.rpartition(':')[0]}, decoders in {rows[0].precision}" if rows else ""
+    table = _table(title, "ms an image", "share", first="stage")
     for row in rows:
         share = f"{row.extra['share']:.1%}"
         table.add_row(str(row.axes["stage"]), f"{row.extra['milliseconds_per_image']:.3f}", share)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import torch
 
+from cflow_fast.bench.contenders import device_precisions
 from cflow_fast.bench.session import Session
 from cflow_fast.bench.stages import StagesInterrupted, made_images, made_model, stage_rows, write_profile
 from cflow_fast.cli.bench_options import check_sizes, effort_of, finish, open_files, run_options
@@ -58,6 +59,7 @@ def stages(
     """
     if model_path is None:
         check_sizes([encoder], [size])
+        _check_precision(precision, device)
     old = open_files(json_path, old_path)
     if profile:
         check_writable(profile)
@@ -82,3 +84,12 @@ def stages(
         except KeyboardInterrupt:
             interrupted = True
     finish(session, interrupted, json_path, old)
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    """Raise UsageError for one that the decoders would be timed without: they fall back to fp32."""
+    known = ("auto", "fp64", *device_precisions(device))
+    if precision not in known:
+        raise click.UsageError(
+            f"--precision: this {device.type} does not multiply {precision}; there are {', '.join(known)}"
+        )
