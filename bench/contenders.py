@@ -21,7 +21,9 @@ ACCELERATED = "accelerated"
 """FrEIA's modules after `cflow_fast.accelerate`, called as before."""
 ANOMALIB_ACCELERATED = "anomalib-accelerated"
 """anomalib's model after the same."""
-OUR_OWN = (OURS, PLAIN, ACCELERATED, ANOMALIB_ACCELERATED)
+AFTER_ONE_LINE = (ACCELERATED, ANOMALIB_ACCELERATED)
+"""This package within somebody else's program: no rival, and not all that it can do."""
+OUR_OWN = (OURS, PLAIN, *AFTER_ONE_LINE)
 FLOOR = "products-alone"
 """Only PyTorch's matrix products of the folded decoders: no contender, but what none that uses them can beat."""
 PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")

@@ -191,6 +191,20 @@ def test_ours_is_compared_with_every_contender_in_its_own_precision_where_there_
     assert "1.50x" not in _page(run([fp32], CPU)).sections["speed-up"]
 
 
+def test_this_package_within_anothers_program_is_no_rival() -> None:
+    speedups = {
+        f"{name} fp32": {"against": f"{name} fp32", "median": ratio, "low": ratio, "high": ratio}
+        for name, ratio in (("freia", 2.0), ("accelerated", 1.29), ("anomalib-accelerated", 1.31))
+    }
+    ours = replace(timed("cflow-fast", "fp32", 1, 80.0, "cpu"), extra={"speedups": speedups})
+    page = _page(run([ours, timed("accelerated", "fp32", 1, 70.0, "cpu", 1.55)], CPU))
+    assert "against accelerated" not in page.text
+    assert "against freia" in page.text
+    assert "1.55x" in page.sections["speed-up"], "over FrEIA it is what one line brings"
+    assert "1.29x" not in page.text
+    assert "1.31x" not in page.text
+
+
 def test_scaling_gives_the_exponent_of_the_axis() -> None:
     rows = [
         replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cflow_fast.bench.contenders import AFTER_ONE_LINE
 from cflow_fast.bench.report.data import Measured, positive
 from cflow_fast.bench.results import Speedup
 
@@ -36,7 +37,7 @@ class Comparison:
 
 
 def comparisons(rows: Iterable[Measured]) -> list[Comparison]:
-    """Of every row that over the run's baseline; of ours those over every other contender too.
+    """Of every row that over the run's baseline; of ours those over every rival too.
 
     Ours is compared with another contender in the same precision, or in any where it was not run in that one.
     """
@@ -51,7 +52,8 @@ def comparisons(rows: Iterable[Measured]) -> list[Comparison]:
 
 def _others(m: Measured) -> list[Speedup]:
     stored = m.row.extra.get("speedups")
-    names = [name for name in stored if _contender(name) != OURS] if isinstance(stored, dict) else []
+    no_rivals = (OURS, *AFTER_ONE_LINE)
+    names = [name for name in stored if _contender(name) not in no_rivals] if isinstance(stored, dict) else []
     baseline = m.row.speedup.against if m.row.speedup else ""
     chosen = []
     for name in names:

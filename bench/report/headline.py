@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cflow_fast.bench.contenders import ACCELERATED, ANOMALIB_ACCELERATED, FLOOR
+from cflow_fast.bench.contenders import AFTER_ONE_LINE, FLOOR
 from cflow_fast.bench.report import words
 from cflow_fast.bench.report.comparisons import OURS, Comparison, comparisons
 from cflow_fast.bench.report.data import Measured, grouped, positive
 from cflow_fast.bench.report.plots import TIMED
 from cflow_fast.bench.report.sections import Section, Table
 
-AFTER_ONE_LINE = (ACCELERATED, ANOMALIB_ACCELERATED)
-"""This package within somebody else's program: no rival, and not all that it can do."""
 VERBS = {
     "decoder": "decodes",
     "map": "makes anomaly maps",
