@@ -126,7 +126,8 @@ def find_config(name: str) -> Any:
         return timm.models.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         near = difflib.get_close_matches(name, timm.list_models(include_tags="." in name), n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
+        tested = f"this package is tested with {', '.join(DEFAULT_LAYERS)}; timm.list_models() lists them all"
+        hint = f"did you mean {', '.join(near)}?" if near else tested
         raise EncoderError(f"no encoder {name!r} in timm: {hint}") from error
 
 

@@ -233,6 +233,8 @@ def test_an_unknown_encoder_and_a_folder_in_the_files_place_are_one_clear_line(t
     result = run("--encoder", "resnet81", "--no-speed")
     assert isinstance(result.exception, EncoderError)
     assert "no encoder 'resnet81' in timm: did you mean" in str(result.exception)
+    far = run("--encoder", "nosuch", "--no-speed")
+    assert "no encoder 'nosuch' in timm: this package is tested with wide_resnet50_2, resnet18" in str(far.exception)
     result = run("--no-speed", "--json", tmp_path)
     assert result.exit_code == 2
     assert "is a directory" in result.output
