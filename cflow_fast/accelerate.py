@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from cflow_fast.errors import UnsupportedBlockError
+from cflow_fast.folded import FoldedDecoder
 from cflow_fast.freia import from_freia, is_sequence
+from cflow_fast.precision import resolve_precision
 
 logger = logging.getLogger("cflow_fast")
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `accelerate` did: decoders replaced, with their precision, and decoders left, with the reason."""
+    """What `accelerate` did, and had done before: decoders replaced, with their precision; decoders left, and why."""
 
     replaced: dict[str, str]
     left: dict[str, str]
@@ -37,29 +39,44 @@ def accelerate(module: nn.Module, precision: str = "auto", inplace: bool = False
 
     The result has an attribute `acceleration` (printable) that says what was replaced and what was left and why; what
     was left is logged as a warning too. The replaced decoders are for inference: they have no gradients, no inverse.
-    Raises UnsupportedBlockError when nothing could be replaced, naming the reasons.
+    A module that was accelerated before is given back itself, unless it has new decoders. Raises UnsupportedBlockError
+    when nothing could be replaced, naming the reasons, or when what was replaced before has another precision.
     """
     if is_sequence(module):
         return _accelerate_one(module, precision)
-    if not any(is_sequence(child) for child in module.modules()):
+    children = dict(module.named_modules(remove_duplicate=False))
+    sequences = {name: child for name, child in children.items() if is_sequence(child)}
+    before = {name: child for name, child in children.items() if isinstance(child, FoldedDecoder)}
+    if not sequences and not before:
         raise UnsupportedBlockError(
             f"{type(module).__name__} contains no FrEIA SequenceINN: there is nothing to replace"
         )
-    result = module if inplace else copy.deepcopy(module)
-    found = {name: child for name, child in result.named_modules(remove_duplicate=False) if is_sequence(child)}
-    replaced, left = {}, {}
-    for name, sequence in found.items():
+    new, left = {}, {}
+    for name, sequence in sequences.items():
         try:
-            folded = from_freia(sequence).fold(precision)
+            new[name] = from_freia(sequence).fold(precision)
         except UnsupportedBlockError as error:
             left[name] = str(error)
             logger.warning("accelerate left %s as it was: %s", name, error)
-            continue
+    if not new:
+        _check_nothing_is_new(before, left, precision)
+    result = module if inplace or not new else copy.deepcopy(module)
+    for name, folded in new.items():
         result.set_submodule(name, folded)
-        replaced[name] = str(folded.arithmetic)
-    if not replaced:
-        raise UnsupportedBlockError("nothing could be replaced: " + "; ".join(f"{n}: {r}" for n, r in left.items()))
+    replaced = {name: str(folded.arithmetic) for name, folded in (before | new).items()}
     return _report(result, Acceleration(replaced, left))
+
+
+def _check_nothing_is_new(before: dict[str, FoldedDecoder], left: dict[str, str], precision: str) -> None:
+    """That nothing was replaced is right where all of it was before, in the precision that is asked for."""
+    if not before:
+        raise UnsupportedBlockError("nothing could be replaced: " + "; ".join(f"{n}: {r}" for n, r in left.items()))
+    for name, folded in before.items():
+        if precision != "auto" and resolve_precision(precision, folded.device) != folded.precision:
+            raise UnsupportedBlockError(
+                f"{name or 'the module'} was accelerated in {folded.precision} before: "
+                f"accelerate the original in {precision}"
+            )
 
 
 def _accelerate_one(sequence: nn.Module, precision: str) -> nn.Module:

@@ -87,16 +87,19 @@ class FoldedDecoder(nn.Module):
         return registration.flow_log_prob(features, condition, self._tensors, self._description)
 
     def forward(
-        self, z: Tensor, c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+        self, x_or_z: Tensor, c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Feature vectors z (N, D) under [condition (N, C)] to u (N, D) and log|det du/dz| (N,), as FrEIA's modules."""
+        """Feature vectors z (N, D) under [condition (N, C)] to u (N, D) and log|det du/dz| (N,), as FrEIA's modules.
+
+        The arguments have FrEIA's names.
+        """
         if rev:
             raise RuntimeError(
                 "a folded decoder has no inverse (rev=True): use the FlowDecoder that it was folded from"
             )
-        condition = check_rows(z, c, self.features, self.condition)
-        _refuse_gradients(z, condition)
-        return registration.flow_rows(z, condition, self._tensors, self._description)
+        condition = check_rows(x_or_z, c, self.features, self.condition)
+        _refuse_gradients(x_or_z, condition)
+        return registration.flow_rows(x_or_z, condition, self._tensors, self._description)
 
     @property
     def flow(self) -> Flow:

@@ -60,6 +60,43 @@ def test_sequence_answers_as_before(permute_soft: bool) -> None:
     assert str(fast.acceleration) == "replaced the module: fp32"
 
 
+def test_sequence_answers_to_freias_keywords() -> None:
+    sequence = freia_decoder(24)
+    z, c = torch.randn(7, 24), torch.randn(7, CONDITION)
+    assert_answers_agree(accelerate(sequence, "fp32")(x_or_z=z, c=[c]), sequence(x_or_z=z, c=[c]))
+
+
+@pytest.mark.parametrize("again", ["auto", "fp32"])
+def test_what_was_accelerated_before_is_given_back_itself(again: str) -> None:
+    one, detector = accelerate(freia_decoder(24), "fp32"), Detector(freia_decoder(24), refused_decoder(9))
+    fast: Any = accelerate(detector, "fp32")
+    decoders, report = list(fast.decoders), fast.acceleration
+    assert accelerate(one, again) is one
+    assert str(one.acceleration) == "replaced the module: fp32"
+    assert accelerate(fast, again) is fast
+    assert all(a is b for a, b in zip(fast.decoders, decoders, strict=True))
+    assert fast.acceleration == report
+
+
+def test_a_decoder_that_is_new_is_replaced_beside_those_that_were_before() -> None:
+    fast: Any = accelerate(Detector(freia_decoder(24)), "fp32")
+    fast.decoders.append(freia_decoder(16))
+    more: Any = accelerate(fast, "fp32")
+    assert more.acceleration.replaced == {"decoders.0": "fp32", "decoders.1": "fp32"}
+    assert isinstance(fast.decoders[1], SequenceINN)
+    z, c = [torch.randn(5, features) for features in (24, 16)], torch.randn(5, CONDITION)
+    for ours, theirs in zip(more(z, c), fast(z, c), strict=True):
+        assert_answers_agree(ours, theirs)
+
+
+def test_another_precision_than_before_is_refused() -> None:
+    fast = accelerate(Detector(freia_decoder(24)), "fp32")
+    with pytest.raises(UnsupportedBlockError, match=r"decoders\.0 was accelerated in fp32 before: accelerate the orig"):
+        accelerate(fast, "bf16")
+    with pytest.raises(ValueError, match="precision is one of"):
+        accelerate(fast, "half")
+
+
 def test_every_decoder_of_a_module_is_replaced_in_a_copy() -> None:
     detector = Detector(freia_decoder(24), freia_decoder(16, permute_soft=True), freia_decoder(9))
     fast: Any = accelerate(detector, "fp32")
