@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,8 +189,13 @@ def _rows(
     return rows
 
 
+QUIET = "99"
+"""Above every level at which PyTorch's profiler logs to the terminal, from 0 on."""
+
+
 def write_profile(model: CFlowAD, paths: Sequence[Path], batch_size: int, path: Path) -> None:
     """Write a trace of one pass in Chrome's format, for ui.perfetto.dev or chrome://tracing; stages are named in it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)  # read when the profiler starts for the first time
     activities = [torch.profiler.ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

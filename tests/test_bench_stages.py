@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,15 @@ def test_the_table_names_the_precision_and_what_became_of_a_models_own(
     loaded = run("bench", "stages", *words)
     assert "batch 8, decoders in tf32" in " ".join(loaded.output.split())
     assert "cflow-fast: no tf32 on this cpu: fp32" in loaded.output
+
+
+def test_a_trace_is_written_without_a_word_of_the_profilers_own(tmp_path: Path) -> None:
+    words = ("--encoder", "resnet18", "--size", "32", "--count", "1", "--rounds", "1", "--device", "cpu")
+    command = [sys.executable, "-m", "cflow_fast", "bench", "stages", *words, "--profile", str(tmp_path / "trace.json")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "trace.json").is_file()
+    assert [line for line in result.stderr.splitlines() if not line.startswith("stages ")] == []
 
 
 def test_images_are_made_where_none_are_given(tmp_path: Path) -> None:
