@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,9 +158,9 @@ def read_results(path: Path) -> Results:
     if facts["format"] != FORMAT:
         raise BenchmarkFileError(f"{path}: its results have format {facts['format']!r}, this version reads {FORMAT}")
     try:
-        rows = [_row(row) for row in facts["rows"]]
+        rows = _rows(facts["rows"])
         return _made(Results, {name: value for name, value in facts.items() if name != "format"} | {"rows": rows})
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise BenchmarkFileError(f"{path}: not a results file of `cflow-fast bench` ({error})") from error
 
 
@@ -168,6 +168,18 @@ def compare(old: Results, new: Results) -> list[Change]:
     """The measurements that both runs have, in the newer one's order."""
     earlier = {row.key: row for row in old.rows}
     return [Change(earlier[row.key], row) for row in new.rows if row.key in earlier]
+
+
+def _rows(facts: Any) -> list[Row]:
+    if not isinstance(facts, list):
+        raise TypeError(f"rows is {facts!r}, expected a list")
+    rows = []
+    for number, row in enumerate(facts, 1):
+        try:
+            rows.append(_row(row))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {number}: {error}") from error
+    return rows
 
 
 def _row(facts: Any) -> Row:
@@ -199,6 +211,12 @@ def _made(kind: type[Made], facts: Any) -> Made:
     assert is_dataclass(kind)
     if not isinstance(facts, Mapping):
         raise TypeError(f"{kind.__name__} is {facts!r}, expected its fields")
+    known = {spec.name: spec.default is MISSING and spec.default_factory is MISSING for spec in fields(kind)}
+    absent = [name for name, is_needed in known.items() if is_needed and name not in facts]
+    unknown = [str(name) for name in facts if name not in known]
+    if absent or unknown:
+        lacks, more = f"it lacks {', '.join(absent)}", f"it has the unknown {', '.join(unknown)}"
+        raise TypeError("; ".join([lacks] * bool(absent) + [more] * bool(unknown)))
     for spec in fields(kind):
         if spec.name not in facts:
             continue

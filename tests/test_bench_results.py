@@ -92,7 +92,12 @@ def _written() -> str:
 
 
 def _row(**facts: Any) -> str:
-    return _changed(rows=[json.loads(_written())["rows"][0] | facts])
+    return _changed(rows=[_first_row() | facts])
+
+
+def _first_row() -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(_written())["rows"][0]
+    return row
 
 
 @pytest.mark.parametrize(
@@ -104,9 +109,12 @@ def _row(**facts: Any) -> str:
         ('{"command": "make"}', "not a results file of `cflow-fast bench`"),
         ('{"format": 99}', "not a results file of `cflow-fast bench`"),
         (_changed(format=FORMAT + 1), f"have format {FORMAT + 1}, this version reads {FORMAT}"),
-        (_changed(unknown=1), "unexpected keyword argument 'unknown'"),
-        (_changed(rows=None), "not a results file"),
-        (_changed(rows=[3]), "Row is 3, expected its fields"),
+        (_changed(unknown=1), "it has the unknown unknown"),
+        ('{"format": 1, "rows": []}', "it lacks command, created, machine, versions, seed, commit, peak_flops"),
+        (_changed(rows=None), "rows is None, expected a list"),
+        (_changed(rows=[3]), "row 1: Row is 3, expected its fields"),
+        (_changed(rows=[_first_row(), {}]), "row 2: it lacks bench, case, axes, contender, precision, device"),
+        (_row(seconds={"median": 1.0, "mean": 2.0}), "row 1: it lacks low, high, p50, p99, rounds; it has the unknown"),
         (_row(seconds=[1]), "Summary is"),
         (_row(status="splendid"), "status 'splendid' is none of ok, "),
         (_row(images_per_second="many"), "images_per_second is 'many', expected float | None"),
@@ -119,6 +127,7 @@ def test_what_is_no_results_file_is_refused_by_name(tmp_path: Path, content: str
     with pytest.raises(BenchmarkFileError) as caught:
         read_results(path)
     message = str(caught.value)
+    assert "__init__" not in message
     assert str(path) in message
     assert complaint in message
     assert "\n" not in message
