@@ -179,6 +179,13 @@ def test_what_cannot_be_read_or_written_is_one_line_before_anything_is_measured(
     assert files(tmp_path) == before
 
 
+def test_folders_of_the_results_file_are_made_as_the_help_says(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folders" / "results.json"
+    assert "folders that are missing are made" in " ".join(bench("decoder", "--help").output.split())
+    assert bench(*TINY_DECODER, "--against", "", "--json", path).exit_code == 0
+    assert read_results(path).rows
+
+
 def test_interruption_prints_and_stores_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = iter(range(10))
 

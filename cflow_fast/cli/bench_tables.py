@@ -18,7 +18,10 @@ from cflow_fast.interruption import INTERRUPTED
 NOT_MEASURED = "not measured"
 
 json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Store the rows there."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Store the rows there; folders that are missing are made.",
 )
 compare_option = click.option(
     "--compare",
