@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import timm
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def create_model(
     Raises EncoderError when the weights cannot be had; within seconds when there is no network.
     """
     if weights is not None:
-        return timm.create_model(name), _read(Path(weights)), f"file {os.fspath(weights)}"
+        return timm.create_model(name), _read(name, Path(weights)), f"file {os.fspath(weights)}"
     if not pretrained:
         return timm.create_model(name), None, "none (random)"
     if name.partition(".")[0] == lite0.ENCODER and lite0.is_installed():
@@ -37,10 +38,11 @@ def load_part(part: nn.Module, model: nn.Module, state: Mapping[str, Tensor], wh
     wanted = part.state_dict()
     known = model.state_dict()
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # without effect, and absent in old files
+    shapes = {key: (tuple(state[key].shape), tuple(tensor.shape)) for key, tensor in wanted.items() if key in state}
     faults = {
         "it lacks": [key for key in wanted if key not in state and key not in counters],
         "it holds the unknown": [key for key in state if key not in known],
-        "it has in another shape": [key for key in wanted if key in state and state[key].shape != wanted[key].shape],
+        "it has in another shape": [f"{key}, {own} for {its}" for key, (own, its) in shapes.items() if own != its],
     }
     for fault, keys in faults.items():
         if keys:
@@ -57,15 +59,25 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(name: str, path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise EncoderError(f"no weights file {path}: give a safetensors or pth file")
     try:
-        return timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
-        raise EncoderError(
-            f"cannot read weights from {path} ({first_line(error)}): give a whole safetensors or pth file of tensors"
-        ) from error
+        state: Mapping[str, object] = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own, in terms of their own
+        reason = getattr(error, "strerror", None) or "it is cut short, or holds more than tensors"
+        raise EncoderError(_unreadable(name, path, reason)) from error
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise EncoderError(_unreadable(name, path, f"its {others[0]} is no tensor"))
+    return cast(Mapping[str, Tensor], state)
+
+
+def _unreadable(name: str, path: Path, reason: str) -> str:
+    return (
+        f"cannot read weights from {path}: {reason}; "
+        f"give a safetensors or pth file with a state dict of {name} in timm's names"
+    )
 
 
 def _download(name: str) -> nn.Module:
