@@ -209,6 +209,7 @@ def _measure_baseline(
 
 
 def baseline_encoder(method: str, setting: Setting) -> Encoder:
+    """The setting's encoder with a method's taps, in channels_last memory."""
     pretrained = setting.pretrained and setting.encoder_weights is None
     layers = baseline_layers(method, setting)
     encoder = Encoder(setting.encoder, layers, pretrained, setting.encoder_weights).to(setting.device)
