@@ -33,7 +33,7 @@ from cflow_fast.kernels.weights import round_to_tf32
 from cflow_fast.positional import encoding_factors, positional_encoding
 from cflow_fast.precision import arithmetic, multiplies_bf16
 
-SIZES = (64, 112, 160, 512, 1024, 2048, 41)
+SIZES = (64, 112, 160, 320, 512, 1024, 2048, 41)
 """Feature counts of the usual encoders' scales, and an odd one."""
 
 FP32_BOUND = 3e-6

@@ -56,7 +56,7 @@ SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, 
 class ProductConfig:
     """A tile of a persistent matrix product, and how its programs share the work.
 
-    block_out: columns of the result; of s and of t each for a coupling layer.
+    block_out: columns of the result; of s and of t each for a coupling layer. block_k: a divisor of the inputs.
     split_k: programs that share one tile's inputs. group: row tiles that pass all outputs together.
     programs: per multiprocessor; two of them overlap one's epilogue with the other's products.
     """
@@ -203,6 +203,7 @@ def _tiles(precision: str, chip: Chip) -> list[Tile]:
 
 def _select(tiles: list[Tile], rows: int, inputs: int, outputs: int, chip: Chip) -> tuple[Tile, int]:
     """The largest tile that keeps the card busy; where none does, the smallest, its inputs split if they are many."""
+    tiles = [tile for tile in tiles if inputs % tile[2] == 0]
 
     def count(tile: Tile) -> int:
         return cdiv(rows, tile[0]) * cdiv(outputs, tile[1])
@@ -406,7 +407,7 @@ def _product_candidates(
     more = _MORE_TILES.get((precision, limit > 200 * 1024), [])
     for tile in _tiles(precision, chip) + more:
         shared = _shared_bytes(tile, precision)
-        if shared > limit or (tile[0] > 64 and tile[0] >= 2 * rows):
+        if shared > limit or inputs % tile[2] or (tile[0] > 64 and tile[0] >= 2 * rows):
             continue
         tiles = cdiv(rows, tile[0]) * cdiv(outputs, tile[1])
         programs = {_programs(tile)}

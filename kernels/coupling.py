@@ -96,6 +96,7 @@ def coupling_launch(
     early: see `tiles`.
     """
     assert (low is not None) == (precision == "tf32x3")
+    assert hidden.shape[1] % config.block_k == 0, "a last step would run into the next row's inputs"
     takes = how_taken(precision)
     half, rows = weight.shape[0] // 2, source.active.count
     row_tiles, out_tiles = cdiv(rows, config.block_rows), cdiv(half, config.block_out)

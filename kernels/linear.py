@@ -94,6 +94,7 @@ def linear_launch(
     assert (low is not None) == (precision == "tf32x3")
     takes = takes or how_taken(precision, x)
     (outputs, inputs), y_outputs = weight.shape, y.shape[1]
+    assert inputs % config.block_k == 0, "a last step would run into the next row's inputs"
     assert (outputs > y_outputs) == (beyond is not None)
     row_tiles = cdiv(x.count, config.block_rows)
     out_tiles = cdiv(y_outputs, config.block_out) + cdiv(outputs - y_outputs, config.block_out)

@@ -14,12 +14,15 @@ from cflow_fast import parity
 from cflow_fast.bench.headline import decoder_launches
 from cflow_fast.bench.specimens import specimen_weights
 from cflow_fast.folding import cast_weights, fold_weights
-from cflow_fast.kernels import phases, table_cache, triton_flow
+from cflow_fast.kernels import phases, table_cache, triton_flow, tuning
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import (
     SHARED_MEMORY,
     CouplingConfig,
     LinearConfig,
+    Problem,
+    candidates,
+    rule,
     select_coupling,
     select_linear,
 )
@@ -277,6 +280,33 @@ def test_few_rows_still_give_every_multiprocessor_work() -> None:
             tiles = -(-rows // config.block_rows) * -(-outputs // config.block_out)
             assert 60 <= tiles <= 200
             assert config.split_k == 1 or hidden >= 16 * config.block_k, "sums that are split come together late"
+
+
+@pytest.mark.parametrize("permute_soft", [False, True])
+def test_few_rows_of_halves_that_no_deep_step_divides_agree_with_float64(
+    permute_soft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EfficientNet-Lite0's coarsest scale: 192 and 576 inputs, in the tiles that are launched on a card."""
+    monkeypatch.setattr(phases, "select_linear", tuning.select_linear)
+    monkeypatch.setattr(phases, "select_coupling", tuning.select_coupling)
+    flows = Flows("matrices" if permute_soft else "hard", "bf16", 320, 128, coupling_blocks=2)
+    maps = flows.maps(1, 2, 3)
+    with guarded():
+        assert flows.error(maps) < TOLERANCES["bf16"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rows", [1, 64, 300, 2048, 40000])
+def test_every_step_of_every_tile_that_may_be_launched_divides_its_inputs(rows: int, precision: str) -> None:
+    for chip in (Chip((9, 0)), Chip((8, 0))):
+        for inputs in range(64, 2368, 64):
+            for problem in (
+                Problem("linear", precision, rows, (inputs, 1280, 0)),
+                Problem("linear", precision, rows, (inputs, 256, 1)),
+                Problem("coupling", precision, rows, (inputs, 160)),
+            ):
+                tiles: list[Any] = [rule(problem, chip), *candidates(problem, chip)]
+                assert not [tile for tile in tiles if inputs % tile.block_k]
 
 
 @pytest.mark.parametrize(
