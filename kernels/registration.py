@@ -7,6 +7,7 @@
 A folded decoder goes in as its tensors in the order of `FlowWeights.tensors` and the numbers beside them, no handle:
 an exported program carries all it needs. What an implementation makes of them (packed or padded copies, positional
 tables) is made on the first call and found again by where the tensors lie; it lives as long as the first of them.
+Where nobody traces or transforms operations, the functions below call the implementations themselves.
 On a GPU a decoder's calls, whose launches take the host longer than the card, become CUDA graphs when they come again.
 
 None of the ops has gradients. Results never share memory with inputs.
@@ -87,6 +88,8 @@ def anomaly_map(
     log_probs: Sequence[Tensor], size: Sequence[int], maxima: Sequence[float] | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """[(B, H_k, W_k), ...] to the map (B, H, W) and the score (B,), by "torch" or "triton": see `anomaly_map`."""
+    if _nobody_listens(*log_probs):
+        return _anomaly_map(log_probs, size, maxima, backend)
     return torch.ops.cflow_fast.anomaly_map(log_probs, size, maxima, backend)
 
 
@@ -94,6 +97,8 @@ def flow_log_prob(
     features: Tensor, condition: Tensor | None, weights: Sequence[Tensor], description: FlowDescription
 ) -> Tensor:
     """Maps (B, D, H, W) under the positional encoding to (B, H, W), or rows (N, D) under a condition (N, C) to (N,)."""
+    if _nobody_listens(features, condition):
+        return _flows.get(weights, description).log_prob(features, condition)
     return torch.ops.cflow_fast.flow_log_prob(features, condition, weights, *description)
 
 
@@ -101,7 +106,24 @@ def flow_rows(
     z: Tensor, condition: Tensor | None, weights: Sequence[Tensor], description: FlowDescription
 ) -> tuple[Tensor, Tensor]:
     """Rows (N, D) under a condition (N, C) to u (N, D) and log|det du/dz| (N,)."""
+    if _nobody_listens(z, condition):
+        return _flows.get(weights, description).rows(z, condition)
     return torch.ops.cflow_fast.flow_rows(z, condition, weights, *description)
+
+
+def _nobody_listens(*inputs: Tensor | None) -> bool:
+    """Whether nothing would come of asking PyTorch's dispatcher: it takes as long as the launch of a small kernel.
+
+    There is nobody who traces or transforms operations, and there are no gradients to refuse.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(x is None or (type(x) is Tensor and not x.requires_grad) for x in inputs)
+    )
 
 
 def prepared_flow(tensors: Sequence[Tensor], description: FlowDescription) -> Flow:
@@ -146,7 +168,7 @@ def as_weights(tensors: Sequence[Tensor], description: FlowDescription) -> FlowW
 
 
 def _anomaly_map(
-    log_probs: list[Tensor], size: list[int], maxima: list[float] | None, backend: str
+    log_probs: Sequence[Tensor], size: Sequence[int], maxima: Sequence[float] | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     height, width = size
     if not len(log_probs[0]):
@@ -159,7 +181,7 @@ def _anomaly_map(
 
 
 def _fake_anomaly_map(
-    log_probs: list[Tensor], size: list[int], maxima: list[float] | None, backend: str
+    log_probs: Sequence[Tensor], size: Sequence[int], maxima: Sequence[float] | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     batch = log_probs[0].shape[0]
     return log_probs[0].new_empty(batch, *size), log_probs[0].new_empty(batch)

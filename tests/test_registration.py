@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from flows import rough_decoder
 from kernel_guards import guarded
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cflow_fast import FoldedDecoder
 from cflow_fast.anomaly import anomaly_map
@@ -330,3 +334,68 @@ def test_gradients_are_refused_by_every_way_of_calling() -> None:
     maps = [log_prob.requires_grad_() for log_prob in log_probs()]
     with pytest.raises(RuntimeError, match="the anomaly map's op has no gradients"):
         OPS.anomaly_map(maps, [3, 3], None, "torch")[0].sum().backward()
+
+
+class _Listening(Tensor):
+    pass
+
+
+def _in_trace(x: Tensor) -> bool:
+    seen: list[bool] = []
+    torch.jit.trace(lambda x: (seen.append(registration._nobody_listens(x)), x + 1)[1], (x,), check_trace=False)
+    return any(seen)
+
+
+def _in_vmap(x: Tensor) -> bool:
+    seen: list[bool] = []
+    torch.func.vmap(lambda x: (seen.append(registration._nobody_listens(torch.ones(2))), x)[1])(x)
+    return any(seen)
+
+
+class _DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _in_mode(mode: Any, x: Tensor) -> bool:
+    with mode:
+        return registration._nobody_listens(x)
+
+
+LISTENERS: dict[str, Callable[[Tensor], bool]] = {
+    "gradients": lambda x: registration._nobody_listens(x.requires_grad_()),
+    "a subclass": lambda x: registration._nobody_listens(x.as_subclass(_Listening)),
+    "one of several": lambda x: registration._nobody_listens(x, None, x.clone().requires_grad_()),
+    "fake tensors": lambda x: _in_mode(FakeTensorMode(), x),
+    "a dispatch mode": lambda x: _in_mode(_DispatchMode(), x),
+    "a function mode": lambda x: _in_mode(_FunctionMode(), x),
+    "a trace": _in_trace,
+    "vmap": _in_vmap,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("listener", LISTENERS)
+def test_whoever_traces_or_transforms_operations_sees_these(listener: str) -> None:
+    x = torch.ones(2, 3)
+    assert registration._nobody_listens(x, None)
+    assert not LISTENERS[listener](x)
+
+
+def test_a_call_past_the_dispatcher_is_the_ops() -> None:
+    decoder = folded()
+    assert torch.equal(decoder.log_prob(FEATURES), OPS.flow_log_prob(*op_arguments(decoder, FEATURES)))
+    z, c = ROWS
+    for mine, theirs in zip(decoder(z, [c]), OPS.flow_rows(*op_arguments(decoder, z, c)), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(
+        registration.anomaly_map(log_probs(), (9, 7), None, "torch"),
+        OPS.anomaly_map(log_probs(), [9, 7], None, "torch"),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
