@@ -1,7 +1,8 @@
 """A folded decoder on a GPU that takes, call by call, what the tuning table names: Triton's kernels or the plain path.
 
-Where the table says nothing, Triton; but in fp32 without the matrix units, where a wide decoder is nothing but
-products, the plain path: the library's are more than twice as fast (bench/results). The same for loose rows.
+Where the table says nothing, Triton; but in fp32 without the matrix units, where a wide decoder, or a narrow one of
+many rows, is nothing but products, the plain path: the library's are more than twice as fast (bench/results). The same
+for loose rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.capture import finish, in_capture, on_device
+from cflow_fast.kernels.configs import MOST_ROWS_WITHOUT_MATRIX_UNITS
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.torch_flow import TorchFlow
 from cflow_fast.kernels.triton_flow import TritonFlow
@@ -71,8 +73,8 @@ class TunedFlow:
 
     def _unmeasured(self, rows: int, own_condition: bool = False) -> str:
         """What is taken where no table says."""
-        wide = self.triton.precision == "ieee" and self.triton.launches_often(rows, own_condition)
-        return "plain" if wide and self._as_measured() else "triton"
+        many = rows > MOST_ROWS_WITHOUT_MATRIX_UNITS or self.triton.launches_often(rows, own_condition)
+        return "plain" if self.triton.precision == "ieee" and many and self._as_measured() else "triton"
 
     def plain(self) -> TorchFlow:
         """A plain path of its own."""

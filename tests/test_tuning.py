@@ -433,6 +433,14 @@ def test_the_dispatcher_takes_for_each_number_of_rows_what_the_table_names(calls
     assert calls == ["TritonFlow"], "loose rows were not measured"
 
 
+@pytest.mark.parametrize(("precision", "taken"), [("fp32", "plain"), ("tf32x3", "triton")])
+def test_many_rows_of_a_narrow_decoder_are_left_to_the_library_without_matrix_units(precision: str, taken: str) -> None:
+    flow = tuned_flow(precision)
+    flow.triton.precision = {"fp32": "ieee"}.get(precision, precision)
+    assert (flow.backend(4096), flow.backend(4097)) == ("triton", taken)
+    assert flow._unmeasured(4097, own_condition=True) == taken
+
+
 def test_the_plain_path_is_made_when_it_is_first_needed_and_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_table("plain", 32)
     made: list[object] = []
