@@ -15,7 +15,7 @@ from cflow_fast.bench.tune_targets import candidate_launches, targets
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.pointwise import coupled_launch, rotated_launch
-from cflow_fast.kernels.registration import GRAPH_ELEMENTS
+from cflow_fast.kernels.registration import most_at_once
 from cflow_fast.kernels.triton_flow import CHUNK_ROWS
 from cflow_fast.ops import KERNEL_PRECISIONS
 
@@ -84,8 +84,9 @@ def _loose_rows(encoders: tuple[str, ...], size: int, batches: tuple[int, ...], 
     for line in headlines(encoders, ("bf16",), (size,), batches):
         weights = specimen_weights(line.features, line.permutations == "soft", torch.bfloat16)
         rows = line.batch * line.side**2
-        count = min(CHUNK_ROWS, rows // -(-rows * (line.features + CONDITION) // GRAPH_ELEMENTS))
-        yield from rows_launches(weights, _empty(count, line.features), _empty(count, CONDITION), "bf16", chip)
+        most = min(CHUNK_ROWS, most_at_once(line.features + CONDITION, loose=True))
+        for count in dict.fromkeys((min(rows, most), rows % most or most)):
+            yield from rows_launches(weights, _empty(count, line.features), _empty(count, CONDITION), "bf16", chip)
 
 
 def _small(chip: Chip) -> Iterator[Launch]:

@@ -8,7 +8,8 @@ A folded decoder goes in as its tensors in the order of `FlowWeights.tensors` an
 an exported program carries all it needs. What an implementation makes of them (packed or padded copies, positional
 tables) is made on the first call and found again by where the tensors lie; it lives as long as the first of them.
 Where nobody traces or transforms operations, the functions below call the implementations themselves.
-On a GPU a decoder's calls, whose launches take the host longer than the card, become CUDA graphs when they come again.
+On a GPU a decoder's calls of many launches become CUDA graphs when they come again, large ones part by part: launches
+take the host longer than the card.
 
 None of the ops has gradients. Results never share memory with inputs.
 """
@@ -89,7 +90,7 @@ def anomaly_map(
 ) -> tuple[Tensor, Tensor]:
     """[(B, H_k, W_k), ...] to the map (B, H, W) and the score (B,), by "torch" or "triton": see `anomaly_map`."""
     if _nobody_listens(*log_probs):
-        return _anomaly_map(log_probs, size, maxima, backend)
+        return _anomaly_map(log_probs, [int(side) for side in size], maxima, backend)
     return torch.ops.cflow_fast.anomaly_map(log_probs, size, maxima, backend)
 
 
@@ -97,7 +98,7 @@ def flow_log_prob(
     features: Tensor, condition: Tensor | None, weights: Sequence[Tensor], description: FlowDescription
 ) -> Tensor:
     """Maps (B, D, H, W) under the positional encoding to (B, H, W), or rows (N, D) under a condition (N, C) to (N,)."""
-    if _nobody_listens(features, condition):
+    if _nobody_listens(features, condition, *weights):
         return _flows.get(weights, description).log_prob(features, condition)
     return torch.ops.cflow_fast.flow_log_prob(features, condition, weights, *description)
 
@@ -106,7 +107,7 @@ def flow_rows(
     z: Tensor, condition: Tensor | None, weights: Sequence[Tensor], description: FlowDescription
 ) -> tuple[Tensor, Tensor]:
     """Rows (N, D) under a condition (N, C) to u (N, D) and log|det du/dz| (N,)."""
-    if _nobody_listens(z, condition):
+    if _nobody_listens(z, condition, *weights):
         return _flows.get(weights, description).rows(z, condition)
     return torch.ops.cflow_fast.flow_rows(z, condition, weights, *description)
 
@@ -114,10 +115,11 @@ def flow_rows(
 def _nobody_listens(*inputs: Tensor | None) -> bool:
     """Whether nothing would come of asking PyTorch's dispatcher: it takes as long as the launch of a small kernel.
 
-    There is nobody who traces or transforms operations, and there are no gradients to refuse.
+    There is nobody who traces, transforms or profiles operations, and there are no gradients to refuse.
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.autograd._profiler_enabled()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
@@ -219,8 +221,10 @@ def _names(count: int, mixing: str) -> list[str]:
 
 GRAPH_ELEMENTS = 1 << 24
 """Elements of features and conditions that a graph takes at most: 32 images of WideResNet-50's largest scale at 256 px.
-Calls of more take one in parts. On an H200's host a launch took 50 to 150 us, 5 ms a decoder, where the card was done
-in 1 ms. A graph has a workspace of its own, which grows with its part."""
+Calls of more take one part after another. On an H200's host a launch took 50 to 150 us, 5 ms a decoder, where the card
+was done in 1 ms. A graph has a workspace of its own, which grows with its part."""
+WHOLE_TILES = 128
+"""Rows that a part of loose ones is a multiple of."""
 GRAPHS = 4
 """Of a decoder's calls of either kind, at most."""
 GRAPHS_SWITCH = "CFLOW_FAST_GRAPHS"
@@ -240,30 +244,48 @@ class _Prepared:
         parts = self._parts(features, condition)
         if not parts:
             return _log_prob(self.flow, features, condition)
-        return _joined([self._log_probs(*part)[0] for part in parts])
+        return _one_after_another(self._log_probs, parts)[0]
 
     def rows(self, z: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         parts = self._parts(z, condition)
         if not parts:
             return _rows(self.flow, z, condition)
-        u, log_det = map(_joined, zip(*(self._rows(*part) for part in parts), strict=True))
+        u, log_det = _one_after_another(self._rows, parts)
         return u, log_det
 
     def _parts(self, features: Tensor, condition: Tensor | None) -> list[tuple[Tensor, ...]]:
-        """A call's tensors as graphs take them, no part larger than another by more than one; none without graphs."""
+        """A call's tensors as graphs take them: as many at once as a graph takes, whatever the call, and what is left,
+        so that large calls share a layout. None where no graph is taken, or one image is too much for it.
+        """
         if features.device.type != "cuda" or not features.numel() or os.environ.get(GRAPHS_SWITCH) == "0":
             return []
         given = [tensor for tensor in (features, condition) if tensor is not None]
-        count = -(-sum(tensor.numel() for tensor in given) // GRAPH_ELEMENTS)
-        if count > len(features):
+        most = most_at_once(sum(tensor.numel() for tensor in given) // len(features), features.dim() == 2)
+        if not most:
             return []
-        parts = list(zip(*(tensor.tensor_split(count) for tensor in given), strict=True))
+        parts = list(zip(*(tensor.split(most) for tensor in given), strict=True))
         rows = parts[0][0].numel() // features.shape[1]
         return parts if self.flow.launches_often(rows, condition is not None) else []
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def most_at_once(elements: int, loose: bool) -> int:
+    """How many images, or loose rows, of so many elements each a graph takes."""
+    most = GRAPH_ELEMENTS // elements
+    return most - most % WHOLE_TILES if loose and most > WHOLE_TILES else most
+
+
+def _one_after_another(function: GraphCache, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """A function's results for all parts of a call. More than one are written to their place as they come."""
+    first = function(*parts[0])
+    if len(parts) == 1:
+        return first
+    count, start = sum(len(part[0]) for part in parts), 0
+    results = tuple(result.new_empty(count, *result.shape[1:]) for result in first)
+    for part in parts:
+        for result, place in zip(function(*part) if start else first, results, strict=True):
+            place[start : start + len(result)] = result
+        start += len(part[0])
+    return results
 
 
 class _PreparedFlows:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flows import rough_decoder
@@ -269,8 +270,10 @@ class _Flow:
     [
         ([(64, 512)], True, [64]),
         ([(32, 512, 32, 32)], True, [32]),
-        ([(33, 512, 32, 32)], True, [17, 16]),
-        ([(32768, 512), (32768, 128)], True, [16384, 16384]),
+        ([(33, 512, 32, 32)], True, [32, 1]),
+        ([(3, 512, 140, 140)], True, [1, 1, 1]),
+        ([(32768, 512), (32768, 128)], True, [26112, 6656]),
+        ([(100000, 512), (100000, 128)], True, [26112, 26112, 26112, 21664]),
         ([(1, 512, 256, 256)], True, []),  # an image cannot be divided
         ([(0, 512)], True, []),
         ([(64, 64)], False, []),  # one launch gains nothing
@@ -287,8 +290,8 @@ def test_calls_of_many_launches_take_graphs_of_a_bounded_size(
     assert [len(part[0]) for part in found] == parts
     assert all(len(tensor) == len(part[0]) for part in found for tensor in part)
     assert all(sum(tensor.numel() for tensor in part) <= registration.GRAPH_ELEMENTS for part in found)
-    rows = math.prod(shapes[0]) // shapes[0][1] * (parts or [1])[0] // max(1, sum(parts or [1]))
-    assert flow.asked in ([], [(rows, own is not None)])
+    if parts:
+        assert flow.asked == [(parts[0] * math.prod(shapes[0][2:]), own is not None)]
     monkeypatch.setenv("CFLOW_FAST_GRAPHS", "0")
     assert not prepared._parts(features, own)
 
@@ -374,6 +377,8 @@ LISTENERS: dict[str, Callable[[Tensor], bool]] = {
     "fake tensors": lambda x: _in_mode(FakeTensorMode(), x),
     "a dispatch mode": lambda x: _in_mode(_DispatchMode(), x),
     "a function mode": lambda x: _in_mode(_FunctionMode(), x),
+    "a profiler": lambda x: _in_mode(torch.profiler.profile(), x),
+    "weights with gradients": lambda x: registration._nobody_listens(x, nn.Parameter(x.clone())),
     "a trace": _in_trace,
     "vmap": _in_vmap,
 }
@@ -385,6 +390,13 @@ def test_whoever_traces_or_transforms_operations_sees_these(listener: str) -> No
     x = torch.ones(2, 3)
     assert registration._nobody_listens(x, None)
     assert not LISTENERS[listener](x)
+
+
+def test_a_size_may_be_any_integers() -> None:
+    expected = registration.anomaly_map(log_probs(), (8, 6), [-1.0, -1.0], "triton")
+    sizes = np.array([8, 6])
+    for mine, theirs in zip(registration.anomaly_map(log_probs(), sizes, [-1, -1], "triton"), expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_a_call_past_the_dispatcher_is_the_ops() -> None:
