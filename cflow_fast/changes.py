@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class Unchanged:
     """A module as it was: ask for `still` before using what was made of it.
 
-    A parameter, buffer or submodule that was exchanged, moved or written to shows; writing to a tensor that was made in
-    inference mode does not, since such tensors count no versions. Asked for at every call, for which one image leaves
-    a GPU little time: so the places are looked up once.
+    A parameter, buffer or submodule that was added, exchanged, moved or written to shows; writing to a tensor that was
+    made in inference mode does not, since such tensors count no versions. Asked for at every call, for which one image
+    leaves a GPU little time: so the places are looked up once.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -21,6 +21,7 @@ class Unchanged:
         tables: list[dict[str, Any]] = [
             table for each in modules for table in (each._modules, each._parameters, each._buffers)
         ]
+        self._tables, self._sizes = tables, [len(table) for table in tables]
         places = [(table.get, name, value) for table in tables for name, value in table.items()]
         self._places = [(get, name) for get, name, _ in places]
         self._values = [value for _, _, value in places]
@@ -34,6 +35,7 @@ class Unchanged:
         """Whether it is the same module, as it was."""
         return (
             module is self.module
+            and list(map(len, self._tables)) == self._sizes
             and all(map(is_, [get(name) for get, name in self._places], self._values))
             and [tensor._version for tensor in self._counting] == self._versions
             and [where() for where in self._where] == self._addresses

@@ -21,10 +21,13 @@ def is_command_line() -> bool:
     return Path(program).stem == "cflow-fast"
 
 
+_before = sys.excepthook
+
+
 def end_quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Of `sys.excepthook`'s form."""
+    """Of `sys.excepthook`'s form; what is no Ctrl-C goes to the one that was there before."""
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
+        _before(kind, error, traceback)
         return
     print("interrupted", file=sys.stderr)
     raise SystemExit(INTERRUPTED)

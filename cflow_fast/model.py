@@ -103,8 +103,7 @@ class CFlowAD(nn.Module):
         self._folded_from: tuple[object, Unchanged] | None = None
         self._fused_encoder: FusedEncoder | None = None
         self._fused_from: tuple[object, Unchanged] | None = None
-        self._graphs: GraphCache | None = None
-        self._graphs_of: object = None
+        self._graphs: dict[str, tuple[object, GraphCache]] = {}
         self._fetched: list[list[float]] = []
         self._fetched_from: object = None
 
@@ -171,13 +170,11 @@ class CFlowAD(nn.Module):
 
         On a GPU the whole of it is a CUDA graph for every layout of images, the scales side by side in it.
         """
-        return list(self._results(images)[: len(self.decoders)])
+        return list(self._replayed("_log_probs", images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), RGB in [0, 1], to anomaly maps (B, H, W) at the images' own size."""
-        results = self._results(images)
-        log_probs, maps = results[: len(self.decoders)], results[len(self.decoders) :]
-        return maps[0] if maps else self._anomaly_map(log_probs, (images.shape[2], images.shape[3]))
+        """Images (B, 3, H, W), RGB in [0, 1], to anomaly maps (B, H, W) at the images' own size; by a graph as well."""
+        return self._replayed("_maps", images)[0]
 
     def predict(self, images: Tensor | ImageLike | Iterable[ImageLike], batch_size: int = 8) -> list[Prediction]:
         """Inspect images: a tensor (B, 3, H, W) in [0, 1], or one or several paths, PIL images or arrays (H, W[, 3]).
@@ -280,24 +277,20 @@ class CFlowAD(nn.Module):
         return load_model(path, device)
 
     @torch.no_grad()
-    def _results(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What `_computed` says, by a graph where there are any."""
-        maxima = self._calibration[0] if self.is_calibrated else None  # numbers in a graph
+    def _replayed(self, method: str, images: Tensor) -> tuple[Tensor, ...]:
+        """What a method of this model makes of images, by a graph where there are any."""
+        maxima = self._calibration[0] if method == "_maps" else None  # numbers in a graph
         derived = (self.folded(), self.fused_encoder(), maxima)
-        if self._graphs is None or self._graphs_of != derived:
-            if self._graphs is not None:
-                self._graphs.clear()
-            computed = weakref.WeakMethod(self._computed)  # or a model would live, on the card, until a collection
-            self._graphs, self._graphs_of = GraphCache(lambda images: computed()(images)), derived  # type: ignore[misc]
-        return self._graphs(images.to(self.device))
+        found = self._graphs.get(method)
+        if found is None or found[0] != derived:
+            if found is not None:
+                found[1].clear()
+            made = weakref.WeakMethod(getattr(self, method))  # or a model would live, on the card, until a collection
+            found = self._graphs[method] = derived, GraphCache(lambda images: made()(images))  # type: ignore[misc]
+        return found[1](images.to(self.device))
 
-    def _computed(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Each scale's log p / D; on a GPU, once calibrated, the anomaly maps at the images' own size as well, which
-        take the host longer by themselves than the whole graph."""
-        log_probs = self._log_probs(images)
-        if images.device.type != "cuda" or not self.is_calibrated:
-            return log_probs
-        return (*log_probs, self._anomaly_map(log_probs, (images.shape[2], images.shape[3])))
+    def _maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self._anomaly_map(self._log_probs(images), (images.shape[2], images.shape[3])),)
 
     def _log_probs(self, images: Tensor) -> tuple[Tensor, ...]:
         decoded = [
@@ -322,7 +315,7 @@ class CFlowAD(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What was made from the parameters is neither copied nor pickled."""
         derived: dict[str, Any] = {"_folded": [], "_folded_from": None, "_fused_encoder": None, "_fused_from": None}
-        derived |= {"_graphs": None, "_graphs_of": None, "_fetched": [], "_fetched_from": None}
+        derived |= {"_graphs": {}, "_fetched": [], "_fetched_from": None}
         return self.__dict__ | derived
 
 

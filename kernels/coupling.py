@@ -6,9 +6,9 @@ A program makes the same columns of s and t, so that neither leaves it. The stat
 with both halves padded, or feature-major, (features, N), read and written by index with the scale and shift that hard
 permutations leave pending.
 
-The first block reads the caller's features and moves the passive half into the state along with y2. The last one also
-leaves the active and passive halves' share of ||u||^2, in which the last permutation plays no part: sums of
-(gain x + shift)^2 per row and tile.
+The first block reads the caller's features, unless they were packed, and moves the passive half into the state along
+with y2. The last one also leaves the active and passive halves' share of ||u||^2, in which the last permutation plays
+no part: sums of (gain x + shift)^2 per row and tile.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"

@@ -1,6 +1,6 @@
 """A wide decoder as a sequence of launches, a few per coupling block, over all rows of a chunk.
 
-    0  kernels/packing.py    features that a product would round, or that lie in another order, once for all blocks
+    0  kernels/packing.py    features that the first block would round, or turn for soft permutations, in every product
     A  kernels/linear.py     hidden = act(w1 x1 + bias), and v beside it where a rotation follows (in tf32 after it)
     B  kernels/coupling.py   y2, sums of j
     C  kernels/linear.py     soft permutations: x' by one product, or by a rotation's two; hard ones have none

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class HardState:
-    """Block k reads its halves by index; the first reads the features and lays them down."""
+    """Block k reads its halves by index; the first reads the features and lays down what was not packed."""
 
     def __init__(self, phases: Phases) -> None:
         self.phases = phases

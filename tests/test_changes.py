@@ -41,6 +41,14 @@ def another_submodule(module: nn.Sequential) -> None:
     module[1][1] = nn.Tanh()
 
 
+def one_more_submodule(module: nn.Sequential) -> None:
+    module.append(nn.Tanh())
+
+
+def one_more_parameter(module: nn.Sequential) -> None:
+    module[1][1].register_parameter("gain", nn.Parameter(torch.ones(3)))
+
+
 def moved(module: nn.Sequential) -> None:
     module.double()
 
@@ -52,6 +60,8 @@ CHANGES = [
     a_bias_where_none_was,
     a_buffer_written_to,
     another_submodule,
+    one_more_submodule,
+    one_more_parameter,
     moved,
 ]
 
