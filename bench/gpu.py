@@ -300,6 +300,7 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
     ("tests on the card", card_tests),
     ("parity, first sizes", first_parity),
     ("parity", parity_of_all),
+    ("memory check", memory_check),
     ("roofline", roofline),
     ("tuning", tuned),
     ("decoders of WideResNet-50, 256 px", wide_decoders),
@@ -309,7 +310,6 @@ STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
     ("decoders of WideResNet-50, 512 px", wide_decoders_512),
     ("decoders of ResNet-18 and MobileNetV3-L", narrow_decoders),
     ("kernels, measured beside predicted", kernels),
-    ("memory check", memory_check),
     ("FrEIA compiled", compiled_peer),
 )
 
