@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_guards import guarded
 
 from cflow_fast import parity
+from cflow_fast.bench import warm
 from cflow_fast.bench.cases import ENCODERS, rough_decoder
 from cflow_fast.bench.planned import FIRST_SIZES, planned_launches
 from cflow_fast.bench.warm import _binary_key, run_small
@@ -96,3 +98,13 @@ def test_nor_while_memory_is_checked(
         *("whole_flow_kernel", "packing_kernel", "linear_kernel", "coupling_kernel", "reduction_kernel")
     }
     assert launched <= compiled
+
+
+@pytest.mark.parametrize("features", warm.SMALL_FEATURES)
+def test_what_is_checked_touches_nothing_but_its_memory(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same decoders, in the tiles that a card launches, as far as an interpreter sees it."""
+    monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
+    monkeypatch.setattr(warm, "SMALL_FEATURES", (features,))
+    monkeypatch.setattr(warm, "SMALL_MAPS", warm.SMALL_MAPS[:1])
+    with guarded():
+        run_small(torch.device("cpu"))
