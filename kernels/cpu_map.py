@@ -9,6 +9,9 @@ from torch import Tensor
 
 from cflow_fast.kernels.cpu_library import CPU, Library, MapScale, MapTask, check_is_here
 
+PIXELS_A_THREAD = 16384
+"""Threads wait for each other once in a map: one takes 40 us for so many, less than another may take to wake."""
+
 
 def anomaly_map(
     log_probs: Sequence[Tensor], size: tuple[int, int], maxima: Sequence[float], lib: Library
@@ -32,7 +35,7 @@ def anomaly_map(
         width=width,
         result=result.data_ptr(),
         score=score.data_ptr(),
-        threads=torch.get_num_threads(),
+        threads=max(1, min(torch.get_num_threads(), batch * height * width // PIXELS_A_THREAD)),
     )
     lib.run("map", task)
     return result, score

@@ -200,6 +200,7 @@ from cflow_fast.kernels.cpu_library import Library
 from cflow_fast.positional import encoding_factors
 
 lib = Library(Path(sys.argv[2]), t.VARIANTS[sys.argv[3]][0])
+cpu_map.PIXELS_A_THREAD = 1
 if sys.argv[3] == "amx":
     torch.cpu._init_amx()
 for count in (1, 2, 3):

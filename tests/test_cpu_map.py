@@ -26,6 +26,14 @@ pytestmark = pytest.mark.usefixtures("stale_memory")
 SIZES = [(1, 1), (7, 5), (16, 16), (1, 40), (33, 65), (3, 2)]
 
 
+PIXELS_A_THREAD = cpu_map.PIXELS_A_THREAD
+
+
+@pytest.fixture(autouse=True)
+def _small_maps_have_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_map, "PIXELS_A_THREAD", 1)
+
+
 @pytest.fixture(params=["avx2", "avx512"])
 def float_lib(request: pytest.FixtureRequest) -> Library:
     return built(request.param)
@@ -97,3 +105,14 @@ def test_planted_fault_in_the_map_shows(fault: str, tmp_path: Path) -> None:
         assert_same_map(
             cpu_map.anomaly_map(scales, (33, 65), [-1.0, 0.5], faulty), anomaly_map(scales, (33, 65), [-1.0, 0.5])
         )
+
+
+def test_a_small_map_is_one_threads(monkeypatch: pytest.MonkeyPatch, float_lib: Library) -> None:
+    """Where threads are short of cores they wait for each other longer than it takes."""
+    taken: list[int] = []
+    monkeypatch.setattr(type(float_lib), "run", lambda lib, name, task: taken.append(task.threads))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(cpu_map, "PIXELS_A_THREAD", PIXELS_A_THREAD)
+    for size in (64, 180, 256, 512):
+        cpu_map.anomaly_map([torch.zeros(1, 2, 2)], (size, size), [0.0], float_lib)
+    assert taken == [1, 1, 4, 4]
