@@ -173,6 +173,33 @@ def test_who_is_fastest_may_be_another() -> None:
     assert "cflow-fast is the fastest in 0 of 1" in page.sections["fastest"]
 
 
+def test_a_headline_of_many_cases_has_their_median_and_of_many_devices_their_number() -> None:
+    rows = [timed("cflow-fast", "fp32", 2**n, 80.0, "cpu", ratio) for n, ratio in enumerate((2.0, 3.0, 5.0, 90.0))]
+    (heading,) = _page(run(rows, CPU)).headings
+    assert heading == "cflow-fast decodes 4.00 times (the median of 4 cases, 2.00 to 90.00) as fast as freia, both fp32"
+    on_card = [timed("cflow-fast", "fp32", 1, 80.0, "cuda", 7.0)]
+    (heading,) = _page(run(rows, CPU), run(on_card, GPU)).headings
+    assert heading.endswith("(the median of 5 cases, 2.00 to 90.00) as fast as freia, both fp32, on 2 devices")
+
+
+def test_the_fastest_stands_beside_a_rival_with_the_ratio_of_their_turns() -> None:
+    speedups = {"freia fp32": {"against": "freia fp32", "median": 1.9, "low": 1.8, "high": 2.0}}
+    ours = replace(timed("cflow-fast", "bf16", 1, 80.0, "cpu"), extra={"speedups": speedups})
+    plain, rival = timed("cflow-fast-plain", "bf16", 1, 70.0, "cpu"), timed("freia", "fp32", 1, 40.0, "cpu")
+    text = " ".join(_page(run([ours, plain, rival], CPU)).sections["fastest"].split())
+    assert "1.90x" in text
+    assert "cflow-fast-plain" not in text
+    without = replace(ours, extra={})
+    assert "2.00x" in _page(run([without, rival], CPU)).sections["fastest"]
+
+
+def test_times_of_two_runs_make_no_ratio() -> None:
+    ours, rival = timed("cflow-fast", "fp32", 1, 80.0, "cpu"), timed("freia", "fp32", 1, 40.0, "cpu")
+    text = _page(run([ours], CPU), run([rival], CPU)).sections["fastest"]
+    assert "freia fp32" in text
+    assert "2.00x" not in text
+
+
 def test_ours_is_compared_with_every_contender_in_its_own_precision_where_there_is_one() -> None:
     others = {
         name: {"against": name, "median": ratio, "low": ratio * 0.9, "high": ratio * 1.1}
