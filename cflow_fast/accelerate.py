@@ -40,8 +40,11 @@ def accelerate(module: nn.Module, precision: str = "auto", inplace: bool = False
     The result has an attribute `acceleration` (printable) that says what was replaced and what was left and why; what
     was left is logged as a warning too. The replaced decoders are for inference: they have no gradients, no inverse.
     A module that was accelerated before is given back itself, unless it has new decoders. Raises UnsupportedBlockError
-    when nothing could be replaced, naming the reasons, or when what was replaced before has another precision.
+    when nothing could be replaced, naming the reasons, or when what was replaced before has another precision, and
+    TypeError for what is no module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module (of several, a ModuleList), got {type(module).__name__}")
     if is_sequence(module):
         return _accelerate_one(module, precision)
     children = dict(module.named_modules(remove_duplicate=False))

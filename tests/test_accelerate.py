@@ -188,3 +188,9 @@ def test_accelerated_module_switches_modes_as_before_and_its_decoders_stay_in_ev
     assert fast.training
     assert fast.encoder.training
     assert not fast.decoders[0].training
+
+
+@pytest.mark.parametrize("given", [None, [nn.Linear(2, 2)]])
+def test_what_is_no_module_is_refused_by_its_kind(given: Any) -> None:
+    with pytest.raises(TypeError, match=rf"a torch.nn.Module .*, got {type(given).__name__}"):
+        accelerate(given)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import report_results as made
 from cli import files, run
 
 from cflow_fast.bench import session
 from cflow_fast.bench.contenders import OURS, Contender
 from cflow_fast.bench.decoder import CONTENDERS, ours
 from cflow_fast.bench.measurement import MATRIX_SIZES
-from cflow_fast.bench.results import read_results
+from cflow_fast.bench.results import read_results, write_results
 from cflow_fast.bench.scaling import Spans
 from cflow_fast.cli import main
 from cflow_fast.cli.bench_tables import command_line
@@ -161,6 +163,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--compare", "missing.json"), "missing.json: No such file or directory"),
         (("--compare", "cut.json"), "cut.json: not a whole results file"),
         (("--compare", "foreign.json"), "foreign.json: not a results file"),
+        (("--compare", "other.json"), "other.json: its results are of ablation, none is of "),
         (("--compare", "newer.json"), "newer.json: its results have format 99, this version reads 1"),
     ],
 )
@@ -172,6 +175,9 @@ def test_what_cannot_be_read_or_written_is_one_line_before_anything_is_measured(
     Path("cut.json").write_text('{"format": 1, "command": "x", "rows": [')
     Path("foreign.json").write_text('{"rows": []}')
     Path("newer.json").write_text('{"format": 99, "rows": []}')
+    write_results(
+        Path("other.json"), made.run([replace(made.row("padim", "fp32", 1, "cpu"), bench="ablation")], made.CPU)
+    )
     before = files(tmp_path)
     result = bench(command, *TINY[:2], *option)
     assert result.exit_code == 1

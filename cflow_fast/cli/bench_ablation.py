@@ -67,7 +67,7 @@ def ablation(
     _check_names(encoders)
     category = MVTecCategory(data)
     category.check()
-    old = open_files(json_path, old_path)
+    old = open_files(json_path, old_path, "ablation")
     base = setting_from(encoders[0], sizes[0], device, **options)
     planned = bench.variations(base, sizes[1:], encoders[1:])
     rows: list[Row] = []

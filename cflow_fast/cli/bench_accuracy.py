@@ -74,7 +74,7 @@ def accuracy(
     chosen = method_names(methods)
     category = MVTecCategory(data)
     category.check()
-    old = open_files(json_path, old_path)
+    old = open_files(json_path, old_path, "accuracy")
     setting = setting_from(encoder, image_size, device, baseline_layers=taps(baseline_layers), **options)
     check_taps(chosen, setting)
     rows: list[Row] = []

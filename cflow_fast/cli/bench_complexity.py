@@ -45,7 +45,7 @@ def complexity(
 
     Encoders have random weights. Ctrl-C prints what has been measured.
     """
-    old = open_files(json_path, old_path)
+    old = open_files(json_path, old_path, "complexity")
     for name in encoders:
         Encoder(name, pretrained=False)  # an unknown one is an error before anything is printed
     counted = list(bench.size_rows(encoders, device))

@@ -13,7 +13,7 @@ import torch
 from cflow_fast.bench.cases import PERMUTATIONS, Case, scales_of
 from cflow_fast.bench.contenders import PRECISIONS, Contender, device_precisions
 from cflow_fast.bench.measurement import Effort
-from cflow_fast.bench.results import Results, compare, read_results
+from cflow_fast.bench.results import BenchmarkFileError, Results, compare, read_results
 from cflow_fast.bench.runner import Entrant
 from cflow_fast.bench.session import Session
 from cflow_fast.cli.bench_show import comparison_table, print_wide, show
@@ -120,11 +120,20 @@ def check_sizes(encoders: Sequence[str], sizes: Sequence[int]) -> None:
                 raise click.UsageError(f"--size {size} is smaller than {stride}, the largest stride of {encoder}")
 
 
-def open_files(json_path: Path | None, old_path: Path | None) -> Results | None:
-    """What can be wrong with files is found before anything is measured; gives the older results."""
+def open_files(json_path: Path | None, old_path: Path | None, bench: str) -> Results | None:
+    """What can be wrong with files is found before anything is measured; gives the older results.
+
+    Raises BenchmarkFileError for those of other benchmarks alone.
+    """
     if json_path:
         check_writable(json_path)
-    return read_results(old_path) if old_path else None
+    if old_path is None:
+        return None
+    old = read_results(old_path)
+    others = dict.fromkeys(row.bench for row in old.rows)
+    if others and bench not in others:
+        raise BenchmarkFileError(f"{old_path}: its results are of {', '.join(others)}, none is of {bench}")
+    return old
 
 
 def run_cases(

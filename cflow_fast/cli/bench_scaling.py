@@ -57,7 +57,7 @@ def scaling(
     An exponent above the counted work's is called a surprise.
     """
     check_sizes(encoders, sizes)
-    old = open_files(json_path, old_path)
+    old = open_files(json_path, old_path, "scaling")
     spans = Spans(sizes=tuple(sizes), batches=tuple(batches))
     cases = [
         case

@@ -60,7 +60,7 @@ def stages(
     if model_path is None:
         check_sizes([encoder], [size])
         _check_precision(precision, device)
-    old = open_files(json_path, old_path)
+    old = open_files(json_path, old_path, "stages")
     if profile:
         check_writable(profile)
     paths = find_images(images) if images else []

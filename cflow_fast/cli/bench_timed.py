@@ -136,7 +136,7 @@ def _run(
     json_path: Path | None,
     old_path: Path | None,
 ) -> None:
-    old = open_files(json_path, old_path)
+    old = open_files(json_path, old_path, cases[0].bench)
     entrants, baseline = line_up(contenders, against, precisions)
     session = Session(command_line(), device, seed, effort_of(seconds, rounds))
     interrupted = run_cases(session, cases, entrants, baseline, description)
