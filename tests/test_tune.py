@@ -181,7 +181,7 @@ def test_what_moves_least_is_timed_whatever_it_is_counted() -> None:
         assert min(moved) in tried
 
 
-BESIDE = [replace(WIDE, beside="soft"), replace(WIDE, features=384, beside="soft")]
+BESIDE = [replace(WIDE, beside="soft"), replace(WIDE, features=768, beside="soft")]
 
 
 def lighter(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
@@ -343,7 +343,7 @@ def test_it_stops_when_the_time_is_over_with_what_it_has(monkeypatch: pytest.Mon
 def test_what_the_dispatcher_takes_is_recorded_with_the_reason(times: Times, backend: str, why: str) -> None:
     decoder = measured(StubTimer(times))[-1].decoder
     assert decoder == (
-        DecoderProblem(320, 128, 3, "soft", "bf16", 64),
+        DecoderProblem(512, 128, 3, "soft", "bf16", 64),
         Choice(backend, why, "measured", *(round(1e6 * seconds, 1) for seconds in times[:2])),
     )
 

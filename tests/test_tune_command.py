@@ -154,7 +154,7 @@ def test_every_line_of_a_table_is_told() -> None:
     (headings, kernels), (_, decoders) = in_words(table)
     assert (len(kernels), len(decoders)) == (len(table.kernels), len(table.decoders))
     assert {len(row) for row in kernels} == {len(headings)}
-    assert decoders == [("D 320, soft, bf16, 64 rows", "plain 41.0 us, Triton 52.3 us: plain")]
+    assert decoders == [("D 512, soft, bf16, 64 rows", "plain 41.0 us, Triton 52.3 us: plain")]
     assert all("rows 64, out" in row[1] for row in kernels)
 
 

@@ -164,7 +164,7 @@ def test_a_configuration_is_chosen_for_the_decoders_that_run_side_by_side(
 
 
 def test_no_set_of_decoders_is_predicted_slower_than_by_the_rules() -> None:
-    group = [replace(WIDE, features=d, height=n, width=n, beside="one") for d, n in ((512, 16), (320, 8))]
+    group = [replace(WIDE, features=d, height=n, width=n, beside="one") for d, n in ((512, 16), (768, 8))]
     table = choose_by_prediction(H100, group, machine_code)
 
     def seconds(configs: dict[Problem, Config]) -> float:

@@ -18,7 +18,7 @@ from cflow_fast.kernels.launch import Launch
 
 CHIP = Chip((9, 0), 132, "Some Card")
 H100 = CARDS[0]
-WIDE = Target(320, 8, 8, 1, "soft", "bf16", blocks=3)
+WIDE = Target(512, 8, 8, 1, "soft", "bf16", blocks=3)
 NARROW = Target(64, 16, 16, 2, "hard", "ieee", condition=8, blocks=2)
 CODE = Compiled(128, 65536, 0, 700, (Loop(100, 0, 4, 0, 0),), False)
 EVEN = Times(50e-6, 50e-6, Ratio(1.0, 0.98, 1.02))
