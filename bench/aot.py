@@ -36,7 +36,7 @@ from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
 
 CAPABILITIES = {80: Chip((8, 0), 108), 90: Chip((9, 0), 132)}
-QUICK = (("wide_resnet50_2", "resnet18"), ("bf16", "tf32"), (256,), (1, 32))
+QUICK = (("wide_resnet50_2", "resnet18"), ("bf16", "tf32", "fp16", "fp16x3"), (256,), (1, 32))
 LONGEST_COMPILATION = 300.0
 """Seconds; a compiler that hangs must not hold up the rest for ever."""
 FEWEST_WGMMA_ROWS = 64
@@ -85,9 +85,10 @@ def faults(kernel: Kernel, compiled: Compiled) -> list[str]:
     """What must not ship."""
     found = compiled.faults(kernel.capability)
     constants = kernel.launch.constexprs
-    wants_wgmma = kernel.capability == 90 and constants.get("PRECISION") == "bf16" and bool(compiled.loops)
+    halves = constants.get("PRECISION") in ("bf16", "fp16", "fp16x3")
+    wants_wgmma = kernel.capability == 90 and halves and bool(compiled.loops)
     if wants_wgmma and not compiled.uses_wgmma and constants["BLOCK_ROWS"] >= FEWEST_WGMMA_ROWS:
-        found.append("bf16 products without wgmma")
+        found.append(f"{constants['PRECISION']} products without wgmma")
     return found
 
 
@@ -181,7 +182,7 @@ def _microseconds(chain: Sequence[Prediction], part: str) -> float:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="WideResNet-50 and ResNet-18, bf16 and tf32, 1 and 32 x 256 px, sm_90.")
+@click.option("--quick", is_flag=True, help=f"{', '.join(QUICK[0] + QUICK[1])}; 1 and 32 x 256 px, sm_90.")
 @click.option("--no-predictions", is_flag=True, help="Only compile and check.")
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the kernels there.")
 @click.option("--predictions", type=click.Path(path_type=Path, dir_okay=False), help="Write the predictions there.")

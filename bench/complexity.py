@@ -19,7 +19,16 @@ from cflow_fast.bench.baselines import SPADE, PaDiM, padim, spade
 from cflow_fast.bench.baselines.maps import NotEnoughMemoryError, encode, require_memory
 from cflow_fast.bench.contenders import is_installed
 from cflow_fast.bench.maps import eager_map
-from cflow_fast.bench.measurement import Effort, Track, clock, matmul_precision, matrix_rate, summarize, take_turns
+from cflow_fast.bench.measurement import (
+    HALVES,
+    Effort,
+    Track,
+    clock,
+    matmul_precision,
+    matrix_rate,
+    summarize,
+    take_turns,
+)
 from cflow_fast.bench.paper import TABLE_6
 from cflow_fast.bench.peers import row_log_prob, rows_encoding
 from cflow_fast.bench.results import Row
@@ -216,9 +225,9 @@ def _reference(model: CFlowAD, sequences: Sequence[torch.nn.Module], images: Ten
 
 
 def _with_precision(model: CFlowAD, precision: str, images: Tensor) -> Callable[[], Tensor]:
-    """The same model in another precision, its encoder in bf16 beside bf16; decoders are folded at the first call."""
+    """The same model in another precision, beside bf16 or fp16 its encoder too; decoders are folded at first."""
     other = copy.deepcopy(model)
-    other.precision, other.encoder_precision = precision, "bf16" if precision == "bf16" else "fp32"
+    other.precision, other.encoder_precision = precision, precision if precision in HALVES else "fp32"
 
     def run() -> Tensor:
         with matmul_precision(precision):

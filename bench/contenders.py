@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cflow_fast.bench.measurement import Run, matmul_precision
+from cflow_fast.bench.measurement import HALVES, Run, matmul_precision
 from cflow_fast.precision import multiplies_bf16
 
 OURS = "cflow-fast"
@@ -26,7 +26,9 @@ AFTER_ONE_LINE = (ACCELERATED, ANOMALIB_ACCELERATED)
 OUR_OWN = (OURS, PLAIN, *AFTER_ONE_LINE)
 FLOOR = "products-alone"
 """Only PyTorch's matrix products of the folded decoders: no contender, but what none that uses them can beat."""
-PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32x3", "fp16x3", "tf32", "fp16", "bf16")
+IN_THREE = {"tf32x3": "tf32", "fp16x3": "fp16"}
+"""Precisions of three products each, and what these are made in."""
 
 
 class UnavailableError(Exception):
@@ -71,8 +73,11 @@ class Contender:
                 raise UnavailableError("not installed", f"pip install {package}")
         if precision != "fp32" and not self.reduced:
             raise UnavailableError("not available", "it runs in fp32 only")
-        if precision == "tf32x3" and (self.name not in OUR_OWN or self.name == PLAIN):
+        own = self.name in OUR_OWN and self.name != PLAIN
+        if precision in IN_THREE and not own:
             raise UnavailableError("not available", "it does not multiply float32 in parts")
+        if precision == "fp16" and self.name == PLAIN:
+            raise UnavailableError("not available", "it has no scales, without which a state leaves the range of fp16")
         if precision not in device_precisions(device):
             raise UnavailableError("not available", f"this {device.type} does not multiply {precision}")
 
@@ -88,13 +93,13 @@ def registry(*contenders: Contender) -> dict[str, Contender]:
 def device_precisions(device: torch.device) -> tuple[str, ...]:
     """Those that the device's matrix units have."""
     reduced = multiplies_bf16(device)  # from the same generation of GPUs on, tf32 too
-    tf32 = reduced and device.type == "cuda"
-    has = {"fp32": True, "tf32x3": tf32, "tf32": tf32, "bf16": reduced}
+    units = reduced and device.type == "cuda"
+    has = dict.fromkeys(PRECISIONS, units) | {"fp32": True, "bf16": reduced}
     return tuple(name for name in PRECISIONS if has[name])
 
 
 class eager_precision(AbstractContextManager[None]):  # noqa: N801  a context manager, named as torch names its own
-    """Runs eager PyTorch in a precision: full float32, tf32 products, or bf16 autocast."""
+    """Runs eager PyTorch in a precision: full float32, tf32 products, or autocast to bf16 or fp16."""
 
     def __init__(self, precision: str, device: torch.device) -> None:
         self.precision, self.device = precision, device
@@ -103,8 +108,8 @@ class eager_precision(AbstractContextManager[None]):  # noqa: N801  a context ma
         self.stack = ExitStack()
         self.stack.enter_context(torch.no_grad())
         self.stack.enter_context(matmul_precision(self.precision))
-        if self.precision == "bf16":
-            self.stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+        if self.precision in HALVES:
+            self.stack.enter_context(torch.autocast(self.device.type, HALVES[self.precision]))
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()

@@ -11,7 +11,17 @@ from torch import Tensor
 from cflow_fast import ops
 from cflow_fast.bench import peers
 from cflow_fast.bench.cases import Decoders
-from cflow_fast.bench.contenders import ACCELERATED, FLOOR, OURS, PLAIN, Built, Contender, module_bytes, registry
+from cflow_fast.bench.contenders import (
+    ACCELERATED,
+    FLOOR,
+    IN_THREE,
+    OURS,
+    PLAIN,
+    Built,
+    Contender,
+    module_bytes,
+    registry,
+)
 from cflow_fast.bench.measurement import matmul_precision
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
@@ -95,7 +105,8 @@ def folded_log_probs(decoders: Sequence[FoldedDecoder]) -> Callable[[Sequence[Te
 
 @lru_cache(FOLDED_KEPT)
 def _folded(decoder: FlowDecoder, precision: str) -> FoldedDecoder:
-    if precision in ("tf32", "tf32x3") and decoder.device.type == "cuda":  # they differ in how fp32 is multiplied
+    same_weights = precision in ("tf32", "fp16", *IN_THREE)  # they differ in how these are multiplied
+    if same_weights and decoder.device.type == "cuda":
         return FoldedDecoder(_folded(decoder, "fp32").weights, precision)
     return decoder.fold(precision)
 

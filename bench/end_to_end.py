@@ -30,7 +30,7 @@ from cflow_fast.bench.contenders import (
 )
 from cflow_fast.bench.decoder import folded_log_probs
 from cflow_fast.bench.maps import eager_map, lists_map
-from cflow_fast.bench.measurement import matmul_precision, matrix_rate
+from cflow_fast.bench.measurement import HALVES, matmul_precision, matrix_rate
 from cflow_fast.bench.yardstick import Judge, Judgement
 from cflow_fast.encoders import Encoder, calibrate_batch_norm
 from cflow_fast.model import CFlowAD
@@ -158,9 +158,9 @@ def images_needed(positions: int) -> int:
 
 
 def ours(work: ModelWork, precision: str) -> Built:
-    """This package's model; beside bf16 decoders its encoder is in bf16 too, as the peers' is by autocast."""
+    """This package's model; beside bf16 or fp16 decoders its encoder is in it too, as the peers' is by autocast."""
     model = copy.copy(work.model)
-    model.precision, model.encoder_precision = precision, "bf16" if precision == "bf16" else "fp32"
+    model.precision, model.encoder_precision = precision, precision if precision in HALVES else "fp32"
 
     @torch.no_grad()
     def run() -> Tensor:

@@ -153,7 +153,7 @@ def narrow_decoders(suite: Suite) -> str:
 
 def _decoders(suite: Suite, name: str, encoders: list[str], sizes: list[int], batches: list[int]) -> str:
     cases = grid(DecoderCase, encoders, ("soft", "hard"), sizes, batches, CARD)
-    precisions = [p for p in ("fp32", "bf16", "tf32", "tf32x3") if p in device_precisions(CARD)]
+    precisions = [p for p in ("fp32", "bf16", "tf32", "tf32x3", "fp16", "fp16x3") if p in device_precisions(CARD)]
     against = ["freia", PLAIN] if is_installed("FrEIA") else [PLAIN]
     return f"{_measured(suite, name, decoder.CONTENDERS, cases, against, precisions)}\n\n{SHARES}"
 

@@ -13,6 +13,7 @@ from cflow_fast.bench.cases import BATCHES, ENCODERS, SIZES
 from cflow_fast.bench.specimens import META, specimen_weights
 from cflow_fast.kernels.anomaly_tail import plan_tail
 from cflow_fast.kernels.chip import Chip
+from cflow_fast.kernels.configs import in_one_kernel
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.phase_weights import PhaseWeights
@@ -26,7 +27,9 @@ from cflow_fast.kernels.weights import FlowWeights, HardMixing
 from cflow_fast.kernels.whole_flow import map_launch, rows_launch
 from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
 
-PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
+PRECISIONS = ("bf16", "fp16", "tf32", "fp16x3", "tf32x3", "ieee")
+TIMED_ALONE = ("bf16", "fp16", "fp16x3", "tf32", "ieee")
+"""Precisions in which every launch is timed by itself."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,10 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
         tables = PositionalTables(*(_meta(weights.blocks, n, weights.hidden, dtype=weights.w1.dtype) for n in sides))
     log_prob = _meta(batch, height, width)
     hard = isinstance(weights.mixing, HardMixing)
-    config = select_whole_flow(chip, weights.features, log_prob.numel(), precision, hard=hard)
+    whole_precision = in_one_kernel(precision)
+    config = select_whole_flow(chip, weights.features, log_prob.numel(), whole_precision, hard=hard)
     if config is not None:
-        whole = WholeFlowWeights.prepare(weights, precision)
+        whole = WholeFlowWeights.prepare(weights, whole_precision)
         return [map_launch(features, whole, None if tables is None else whole.tables(tables), log_prob, config)]
     prepared = _prepared(weights, precision)
     positions = None if tables is None else prepared.positions(tables)
@@ -94,9 +98,10 @@ def rows_launches(weights: FlowWeights, z: Tensor, condition: Tensor, precision:
     """The same for loose feature vectors (N, D) under a condition (N, C) each, u included."""
     log_prob, log_det = (_meta(len(z)) for _ in range(2))
     hard = isinstance(weights.mixing, HardMixing)
-    config = select_whole_flow(chip, weights.features, len(z), precision, own_condition=True, hard=hard)
+    whole_precision = in_one_kernel(precision)
+    config = select_whole_flow(chip, weights.features, len(z), whole_precision, own_condition=True, hard=hard)
     if config is not None:
-        whole = WholeFlowWeights.prepare(weights, precision)
+        whole = WholeFlowWeights.prepare(weights, whole_precision)
         out = FlowResult(log_prob, log_det, _meta(*z.shape))
         return [rows_launch(z, whole.operands(condition), whole, out, config)]
     phases = Phases(PhaseWeights.prepare(weights, precision), len(z), chip)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cflow_fast.bench.aot import Kernel, compile_all, compile_key
 from cflow_fast.bench.compiled import Compiled
-from cflow_fast.bench.headline import Headline, headlines
+from cflow_fast.bench.contenders import IN_THREE
+from cflow_fast.bench.headline import TIMED_ALONE, Headline, headlines
 from cflow_fast.bench.measurement import Run, clock
 from cflow_fast.bench.peers import first_line
 from cflow_fast.bench.prediction import CARDS, Card, predict
@@ -54,7 +55,7 @@ def time_kernels(
     keep: is given the rows for JSON, before there are predictions and with them.
     """
     card = _card(torch.cuda.get_device_name(device), roofline)
-    lines = list(headlines(("wide_resnet50_2",), ("bf16", "tf32", "ieee"), (256,), (1, 32)))
+    lines = list(headlines(("wide_resnet50_2",), TIMED_ALONE, (256,), (1, 32)))
     now = time.monotonic()
     timed = list(_timed(lines, device, now + (1 - COMPILING) * (until - now)))
     if not timed:
@@ -94,10 +95,9 @@ def _card(name: str, roofline: dict[str, Any] | None) -> Card:
     known = next((card for card in CARDS if card.name in name), CARDS[0])
     if roofline is None:
         return known
-    matrix = known.matrix | {"bf16": roofline["matrix"].get("bf16", known.matrix["bf16"])}
-    if "tf32" in roofline["matrix"]:
-        matrix |= {"tf32": roofline["matrix"]["tf32"], "tf32x3": roofline["matrix"]["tf32"] / 3}
-    matrix["ieee"] = roofline["matrix"]["fp32"]
+    matrix = known.matrix | roofline["matrix"]
+    matrix |= {in_three: matrix[product] / 3 for in_three, product in IN_THREE.items()}
+    matrix["ieee"] = matrix.pop("fp32")
     l2 = min(roofline["l2_shared"], roofline["l2_own"])
     return replace(known, name=name, matrix=matrix, memory=roofline["copy"], l2=l2)
 

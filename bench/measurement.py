@@ -223,13 +223,16 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions of operands of two bytes, and PyTorch's names for them."""
+
 MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
 def matrix_rate(precision: str, device: torch.device, rounds: int = 7) -> float:
     """A device's matrix rate in FLOP/s: the best of a few square products, as PyTorch makes them."""
     size = MATRIX_SIZES.get(device.type, 2048)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = HALVES.get(precision, torch.float32)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds_of = clock(device)
     with torch.no_grad(), matmul_precision(precision):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cflow_fast import parity
-from cflow_fast.bench.headline import Headline, decoder_launches, headlines, rows_launches, tail_launches
+from cflow_fast.bench.headline import TIMED_ALONE, Headline, decoder_launches, headlines, rows_launches, tail_launches
 from cflow_fast.bench.specimens import META, specimen_weights
 from cflow_fast.bench.tune_targets import candidate_launches, targets
 from cflow_fast.kernels.chip import Chip
@@ -28,7 +28,7 @@ TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 8, 32))
 CONDITION = 128
 WIDE, NARROW = ("wide_resnet50_2",), ("resnet18", "mobilenetv3_large_100")
 SMALL_FEATURES, SMALL_BLOCKS, SMALL_ROWS = (41, 64, 160, 320), 2, 5
-SMALL_PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16")
+SMALL_PRECISIONS = ("fp32", "tf32x3", "fp16x3", "tf32", "fp16", "bf16")
 SMALL_MAPS = ((1, 7, 8), (2, 16, 17))
 """Decoders of every kind for a memory checker, on maps (B, H, W) that end inside a tile and on loose rows."""
 BLOCK_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
@@ -43,7 +43,7 @@ def planned_launches(chip: Chip) -> Iterator[Launch]:
     yield from _parity(OTHER_SIZES, chip)
     for size in (256, 512):
         yield from tail_launches(size, (1, 32), (3,))
-    for line in headlines(WIDE, ("bf16", "tf32", "ieee"), (256,), (1, 32)):  # one by one, on maps as encoders give them
+    for line in headlines(WIDE, TIMED_ALONE, (256,), (1, 32)):  # one by one, on maps as encoders give them
         yield from line.launches(chip)
     yield from _decoders(WIDE, 512, (1, 8), chip)
     yield from _decoders(NARROW, 256, (1, 32), chip)

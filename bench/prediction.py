@@ -54,7 +54,7 @@ def _hopper(name: str, bf16: float, memory: float) -> Card:
     tf32 = 391e12
     return Card(
         *(name, 132, 1.755e9),
-        matrix={"bf16": bf16, "tf32": tf32, "tf32x3": tf32 / 3, "ieee": 51e12},
+        matrix={"bf16": bf16, "fp16": bf16, "fp16x3": bf16 / 3, "tf32": tf32, "tf32x3": tf32 / 3, "ieee": 51e12},
         memory=memory,
         l2=7.5e12,
         l2_each=70e9,
@@ -69,8 +69,9 @@ def _hopper(name: str, bf16: float, memory: float) -> Card:
 
 CARDS = (_hopper("H100", 798e12, 3.0e12), _hopper("H200", 790e12, 4.3e12))
 """The rates of bf16 products and of memory are the best that were measured on such cards, those of tf32, fp32, L2 and
-between launches an H100's, and the clock is the maker's. What one multiprocessor takes of the L2 cache, starts, latency
-and splits are what 531 bf16 launches on an H100 fit best, see `against_measured`: none of an H200 was timed."""
+between launches an H100's, fp16's are taken to be bf16's, and the clock is the maker's. What one multiprocessor takes
+of the L2 cache, starts, latency and splits are what 531 bf16 launches on an H100 fit best, see `against_measured`:
+none of an H200 was timed."""
 
 
 @dataclass(frozen=True)
@@ -201,26 +202,27 @@ def residents(compiled: Compiled, warps: int) -> int:
 def _product_work(launch: Launch, card: Card, cold: bool, columns: int, outputs: int) -> Work:
     """A persistent product: columns of the weight matrix per tile, and in all.
 
-    A factor that is taken as two operands is multiplied twice; three times beside weights in two parts, which the rate
-    of tf32x3 tells.
+    A factor that is taken as two operands is multiplied twice; three times beside weights in two parts, which the rates
+    of tf32x3 and fp16x3 tell.
     """
     args, c = launch.args, launch.constexprs
     parts = 1 if args["w_low_ptr"] is None else 2
-    products = 2 if c["TAKES"] == "split" and parts == 1 else 1
+    products = 2 if c["TAKES"] in ("split", "parts") and parts == 1 else 1
+    read = 2 if c["TAKES"] == "parts" else 1  # a factor's parts, where they lie in memory
     rows, inputs, splits = args["rows"], args["inputs"], c["SPLIT_K"]
     tiles = _ceil(rows, c["BLOCK_ROWS"]) * _ceil(outputs, columns)
     steps = _ceil(_ceil(inputs, c["BLOCK_K"]), splits)
     operand = args["w_ptr"].element_size()
     tile_elements = c["BLOCK_ROWS"] * columns
-    stored = tile_elements * operand + (2 * 4 * tile_elements if splits > 1 else 0)
-    activations = rows * (inputs + outputs) * operand
+    stored = tile_elements * operand * read + (2 * 4 * tile_elements if splits > 1 else 0)
+    activations = rows * (inputs + outputs) * operand * read
     memory = (parts * outputs * inputs * operand if cold else 0) + (activations if activations > card.l2_bytes else 0)
     return Work(
         flop=2.0 * rows * inputs * outputs,
         matrix_flop=2.0 * products * tiles * splits * steps * tile_elements * c["BLOCK_K"],
         units=tiles * splits,
         steps=steps,
-        step_bytes=(c["BLOCK_ROWS"] + parts * columns) * c["BLOCK_K"] * operand,
+        step_bytes=(read * c["BLOCK_ROWS"] + parts * columns) * c["BLOCK_K"] * operand,
         repeats=1,
         unit_bytes=stored,
         memory_bytes=memory,
@@ -274,6 +276,7 @@ _COUNTED = {
     "coupling_kernel": _coupling,
     "whole_flow_kernel": _whole_flow,
     "packing_kernel": _streaming,
+    "scaling_kernel": _streaming,
     "reduction_kernel": _streaming,
     "tail_kernel": _streaming,
 }

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cflow_fast.bench.contenders import device_precisions
+from cflow_fast.bench.contenders import IN_THREE, device_precisions
 from cflow_fast.bench.measurement import clock, matrix_rate
 from cflow_fast.kernels.launch import Launch
 
@@ -40,9 +40,8 @@ class Roofline:
 
 
 def measure_roofline(device: torch.device, copy_bytes: int = COPY_BYTES) -> Roofline:
-    matrix = {
-        precision: matrix_rate(precision, device) for precision in device_precisions(device) if precision != "tf32x3"
-    }
+    made_in = [precision for precision in device_precisions(device) if precision not in IN_THREE]
+    matrix = {precision: matrix_rate(precision, device) for precision in made_in}
     if device.type != "cuda":
         return Roofline(matrix, copy_rate(device, copy_bytes), None, None)
     return Roofline(matrix, copy_rate(device, copy_bytes), *(l2_rate(device, shared) for shared in (True, False)))

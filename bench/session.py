@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 import torch
 
 from cflow_fast.bench.cases import Case
-from cflow_fast.bench.contenders import OURS, Contender, device_precisions
+from cflow_fast.bench.contenders import IN_THREE, OURS, Contender, device_precisions
 from cflow_fast.bench.machine import commit, describe_machine, versions
 from cflow_fast.bench.measurement import Effort, matrix_rate, take_turns
 from cflow_fast.bench.results import Results, Row
@@ -31,11 +31,12 @@ class Session:
     def measure_rates(self) -> None:
         """The device's matrix rate in every precision that it has: the best so far, since other work disturbs it."""
         for precision in device_precisions(self.device):
-            if precision != "tf32x3":
+            if precision not in IN_THREE:
                 rate = matrix_rate(precision, self.device)
                 self.peak_flops[precision] = max(rate, self.peak_flops.get(precision, 0.0))
-        if "tf32" in self.peak_flops:
-            self.peak_flops["tf32x3"] = self.peak_flops["tf32"] / 3  # three products for one
+        for precision, product in IN_THREE.items():
+            if product in self.peak_flops:
+                self.peak_flops[precision] = self.peak_flops[product] / 3
 
     def measure(
         self,

@@ -245,9 +245,9 @@ class FlowDecoder(nn.Module):
     def fold(self, precision: str = "auto") -> FoldedDecoder:
         """An immutable, fast decoder that computes the same function: see FoldedDecoder.
 
-        precision: "fp32", "tf32", "bf16", "fp64", or "tf32x3" (fp32's accuracy on a GPU's matrix units); "auto" takes
-        bf16 where this decoder's device multiplies it, fp32 elsewhere (fp64 for a float64 module). The result's
-        `arithmetic` says what was taken.
+        precision: "fp32", "tf32", "bf16", "fp64", or on a GPU's matrix units "tf32x3" and "fp16x3" (fp32's accuracy),
+        "fp16" (tf32's; every row of features has a scale of its own); "auto" takes bf16 where this decoder's device
+        multiplies it, fp32 elsewhere (fp64 for a float64 module). The result's `arithmetic` says what was taken.
         """
         from cflow_fast.folded import FoldedDecoder
 

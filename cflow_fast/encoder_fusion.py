@@ -28,8 +28,8 @@ MAX_PACKED = 2
 class FusedEncoder:
     """`Encoder.forward` for inference; see there for shapes and errors.
 
-    precision: "fp32", or "bf16" for weights and activations in bf16, features included, where the device multiplies
-    it; elsewhere that is fp32 too.
+    precision: "fp32", or "fp16" or "bf16" for weights and activations in it, features included, where the device
+    multiplies it; elsewhere that is fp32 too.
 
     Packed weights fit one input shape and are half as fast as unpacked ones with another, so that a shape is packed
     for at its second use, and the one unused for longest is given up.
@@ -38,8 +38,11 @@ class FusedEncoder:
     def __init__(self, encoder: Encoder, precision: str = "fp32") -> None:
         self.encoder = encoder
         self.folded = _fold_batch_norms(encoder.network)
-        if precision == "bf16" and multiplies_bf16(encoder.mean.device):
-            self.folded = self.folded.to(torch.bfloat16)
+        device = encoder.mean.device
+        if precision == "fp16" and device.type == "cuda":
+            self.folded = self.folded.half()
+        elif precision == "bf16" and multiplies_bf16(device):
+            self.folded = self.folded.bfloat16()
         self.is_finite = all(tensor.isfinite().all() for tensor in encoder.state_dict().values())
         self._seen: torch.Size | None = None
         self._packed: OrderedDict[torch.Size, fx.GraphModule] = OrderedDict()

@@ -29,7 +29,7 @@ BACKENDS = ("torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 6)
 
-KERNEL_PRECISIONS = {"fp32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+KERNEL_PRECISIONS = {"fp32": "ieee"} | {name: name for name in ("tf32x3", "fp16x3", "tf32", "fp16", "bf16")}
 """The library's words for what is multiplied in, and the kernels'."""
 
 

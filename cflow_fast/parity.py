@@ -1,11 +1,13 @@
 """Numerical parity, as a table: what a fast decoder loses against float64, beside what FrEIA loses in that precision.
 
 The yardstick is FrEIA's own rounding error on the same inputs, in log p / D:
-    fp32, tf32x3  maximum at most 1.5 times FrEIA's in fp32; relative to max(1, |log p / D|) under 3e-6, or under 1.5
-                  times FrEIA's where a trained decoder takes FrEIA itself over that (log p / D below -1000 on defects)
-    tf32          RMS at most 1 times FrEIA's with tf32 allowed; on a device without tf32, as fp32. Where D is no
-                  multiple of 4, which keeps cuBLAS from using tf32, FrEIA's with its operands rounded to tf32
-    bf16          RMS at most 0.9 times and maximum at most 1 times FrEIA's under bf16 autocast, Spearman >= 0.9995
+    fp32, tf32x3, fp16x3  maximum at most 1.5 times FrEIA's in fp32; relative to max(1, |log p / D|) under 3e-6, or
+                          under 1.5 times FrEIA's where a trained decoder takes FrEIA itself over that (log p / D below
+                          -1000 on defects)
+    tf32, fp16            RMS at most 1 times FrEIA's with tf32 allowed; on a device without tf32, as fp32. Where D is
+                          no multiple of 4, which keeps cuBLAS from using tf32, FrEIA's with its operands rounded to it
+    bf16                  RMS at most 0.9 times and maximum at most 1 times FrEIA's under bf16 autocast, Spearman >=
+                          0.9995
 
 On real images a trained decoder's log p / D falls to -1e8 in defects. Down to USUAL all of this holds against the
 largest error of several runs of FrEIA's (`equivalents`). Of all positions errors relative to max(1, |log p / D|) are
@@ -99,7 +101,7 @@ class Row:
 
 def precisions(device: torch.device) -> tuple[str, ...]:
     """Those that mean something on a device; bf16 always does, since it is also a way to store."""
-    return ("fp32", "tf32x3", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
+    return ("fp32", "tf32x3", "fp16x3", "tf32", "fp16", "bf16") if device.type == "cuda" else ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,9 @@ def ways(folded: FoldedDecoder, rows: int) -> Iterator[tuple[str, Callable[[Tens
 
 def yardstick_of(precision: str, device: torch.device) -> str:
     """The precision of FrEIA whose errors are the yardstick."""
-    if precision == "bf16" or (precision == "tf32" and device.type == "cuda"):
-        return precision
-    return "fp32"
+    if precision in ("tf32", "fp16") and device.type == "cuda":
+        return "tf32"
+    return "bf16" if precision == "bf16" else "fp32"
 
 
 TF32_MULTIPLE = 4

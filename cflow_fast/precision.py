@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-PRECISIONS = ("auto", "fp64", "fp32", "tf32x3", "tf32", "bf16")
-"""tf32x3 is fp32's accuracy on a GPU's matrix units, by three products of tf32."""
+PRECISIONS = ("auto", "fp64", "fp32", "tf32x3", "fp16x3", "tf32", "fp16", "bf16")
+"""tf32x3 and fp16x3 are fp32's accuracy on a GPU's matrix units, by three products each; fp16 is tf32's accuracy by
+operands of half the size. In fp16 every row has a scale of its own, so that nothing is too large or too small."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ def arithmetic(precision: str, device: torch.device) -> Arithmetic:
             return Arithmetic(precision, torch.bfloat16, torch.float32, note)
         case "bf16":
             return Arithmetic(precision, torch.bfloat16, torch.bfloat16)
-        case "tf32" | "tf32x3" if device.type != "cuda":
-            return Arithmetic(precision, torch.float32, torch.float32, f"no tf32 on this {device.type}: fp32")
+        case "tf32" | "tf32x3" | "fp16" | "fp16x3" if device.type != "cuda":
+            note = f"no {precision.removesuffix('x3')} on this {device.type}: fp32"
+            return Arithmetic(precision, torch.float32, torch.float32, note)
         case _:
             return Arithmetic(precision, torch.float32, torch.float32)
 
 
-ENCODER_PRECISIONS = ("auto", "fp32", "bf16")
+ENCODER_PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 def resolve_encoder_precision(precision: str, device: torch.device) -> str:

@@ -123,15 +123,47 @@ class PackingConfig:
     warps: int = 4
 
 
-TAKES = ("operand", "rounded", "split")
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Of kernels/scaling.py: a tile of rows by features."""
+
+    block_rows: int
+    block_features: int
+    warps: int = 8
+
+
+def select_scaling(width: int) -> ScalingConfig:
+    """Whole rows at once, unless they are very long; 32 numbers a thread."""
+    block_features = min(4096, max(128, power_of_two(width)))
+    return ScalingConfig(8192 // block_features, block_features)
+
+
+def is_scaled(precision: str) -> bool:
+    """Whether operands are of fp16, which row by row are divided by a power of two."""
+    return precision in ("fp16", "fp16x3")
+
+
+def in_one_kernel(precision: str) -> str:
+    """What a decoder that runs whole in one kernel multiplies in: tf32 has the digits of fp16 and needs no scale."""
+    return "tf32" if precision == "fp16" else precision
+
+
+def in_two_parts(precision: str) -> bool:
+    """Whether every factor is taken as two operands."""
+    return precision in ("tf32x3", "fp16x3")
+
+
+TAKES = ("operand", "rounded", "split", "parts")
 """How a product takes a factor: it is an operand already; it is rounded to one; as two operands, the second one what
-rounding to the first left."""
+rounding to the first left: made as it is loaded, or lying there."""
 
 
 def how_taken(precision: str, x: Rows | None = None, exact: bool = False) -> str:
     """x: what is multiplied, unless it is an operand that a kernel left; exact: a float32 state beside tf32 ones."""
-    if precision == "tf32x3":
-        return "split"
+    if in_two_parts(precision):
+        return "parts" if is_scaled(precision) else "split"
+    if is_scaled(precision):
+        return "operand"
     if x is not None and x.outer:
         return "operand" if precision == "bf16" and x.tensor.dtype == torch.bfloat16 else "rounded"
     return "rounded" if exact and precision == "tf32" else "operand"
@@ -139,7 +171,15 @@ def how_taken(precision: str, x: Rows | None = None, exact: bool = False) -> str
 
 def adds_in_parts(precision: str, takes: str) -> bool:
     """Whether a product's sums are added up part by part (see `lang`): then there is a second tile beside them."""
+    if is_scaled(precision):
+        return in_two_parts(precision)
     return precision != "ieee" and takes != "operand"
+
+
+def how_mixed(precision: str) -> str | None:
+    """How a permutation's product takes its factor where that is not how every product does: in two parts, since beside
+    eleven digits of everything else nothing shows in a likelihood as a state's rounding does."""
+    return {"tf32": "split", "fp16": "parts"}.get(precision)
 
 
 Tile = tuple[int, int, int, int, int]
@@ -155,6 +195,13 @@ _TILES: dict[tuple[str, bool], list[Tile]] = {
     ("tf32", False): [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("tf32x3", True): [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("tf32x3", False): [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("fp16", True): [
+        *((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4)),
+        *((64, 32, 128, 4, 4), (64, 16, 128, 4, 4)),
+    ],
+    ("fp16", False): [(128, 128, 32, 8, 3), (64, 64, 64, 4, 3)],
+    ("fp16x3", True): [(128, 128, 64, 8, 3), (128, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 32, 64, 4, 4)],
+    ("fp16x3", False): [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("ieee", True): [(128, 128, 16, 8, 2), (64, 64, 16, 4, 3)],
     ("ieee", False): [(128, 128, 16, 8, 2), (64, 64, 16, 4, 3)],
 }
@@ -347,6 +394,8 @@ _MORE_TILES: dict[tuple[str, bool], list[Tile]] = {
     ],
     ("tf32", True): [(128, 64, 32, 4, 4), (64, 128, 32, 4, 4)],
     ("tf32x3", True): [(128, 64, 32, 4, 3), (64, 128, 32, 4, 3)],
+    ("fp16", True): [(64, 256, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 128, 4, 3)],
+    ("fp16x3", True): [(128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 6)],
     ("ieee", True): [(128, 64, 16, 8, 3)],
 }
 """Beside _TILES: what no rule takes."""
@@ -423,6 +472,11 @@ def _product_candidates(
                 yield from ((tile, split_k, count) for count in sorted(programs))
 
 
+OPERAND_BYTES = {"bf16": (2, 2), "fp16": (4, 2), "fp16x3": (4, 4), "tf32x3": (4, 8)}
+"""Of an element of a factor and of one of the weights where it is not 4 of both, in as many parts as are taken at
+most."""
+
+
 def _no_idle(inputs: int, tile: Tile, split_k: int) -> bool:
     """Whether every split has a share of the inputs."""
     steps = cdiv(inputs, tile[2])
@@ -432,4 +486,5 @@ def _no_idle(inputs: int, tile: Tile, split_k: int) -> bool:
 def _shared_bytes(tile: Tile, precision: str) -> int:
     """Of the operands that are on their way."""
     block_rows, block_out, block_k, _, stages = tile
-    return (block_rows + block_out) * block_k * stages * (2 if precision == "bf16" else 4)
+    x, w = OPERAND_BYTES.get(precision, (4, 4))
+    return (x * block_rows + w * block_out) * block_k * stages

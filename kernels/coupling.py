@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import CouplingConfig, adds_in_parts, how_taken
-from cflow_fast.kernels.lang import INTERPRET, add_product, operand, taken, tanh
+from cflow_fast.kernels.configs import CouplingConfig, adds_in_parts, how_taken, in_two_parts
+from cflow_fast.kernels.lang import INTERPRET, add_product, operand, power_reciprocal, taken, tanh
 from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
@@ -70,7 +70,7 @@ class Norm:
 
 
 def coupling_launch(
-    hidden: Tensor,
+    hidden: Rows,
     weight: Tensor,
     bias: Tensor,
     source: Halves,
@@ -86,17 +86,20 @@ def coupling_launch(
     norm: Norm | None = None,
     rounded: bool = True,
     low: Tensor | None = None,
+    weight_scale: Tensor | None = None,
     early: bool = False,
 ) -> Launch:
     """One block's y2 and row sums.
 
-    hidden: (padded N, m) operands; weight: (2 half, m), rows of s then of t, each padded to `half`; bias: (2 half,).
+    hidden: m operands a row, in a workspace, one row after another; weight: (2 half, m), rows of s then of t, each
+    padded to `half`; bias: (2 half,).
     target: None where nobody needs y2. log_det: (tiles, padded N) float32, the sums of j over a tile's columns.
-    rounded: y2 is stored as an operand, otherwise in float32. low: what rounding left of weight, beside tf32x3.
-    early: see `tiles`.
+    rounded: y2 is stored as an operand, otherwise in float32. low, weight_scale, early: see `linear_launch`.
     """
-    assert (low is not None) == (precision == "tf32x3")
-    assert hidden.shape[1] % config.block_k == 0, "a last step would run into the next row's inputs"
+    assert (low is not None) == in_two_parts(precision)
+    assert (hidden.scale is None) == (weight_scale is None)
+    assert hidden.row_stride == hidden.features
+    assert hidden.features % config.block_k == 0, "a last step would run into the next row's inputs"
     takes = how_taken(precision)
     half, rows = weight.shape[0] // 2, source.active.count
     row_tiles, out_tiles = cdiv(rows, config.block_rows), cdiv(half, config.block_out)
@@ -104,9 +107,12 @@ def coupling_launch(
     sums = 2 * tiles * config.split_k * config.block_rows * config.block_out
     reads, writes, carried = source.active, (target or source).active, target.passive if target else None
     args = {
-        "hidden_ptr": hidden,
+        "hidden_ptr": hidden.tensor,
+        "hidden_low_ptr": hidden.low,
+        "hidden_scale_ptr": hidden.scale,
         "w_ptr": weight,
         "w_low_ptr": low,
+        "w_scale_ptr": weight_scale,
         "bias_ptr": bias,
         "x1_ptr": source.passive.tensor,
         "x2_ptr": source.active.tensor,
@@ -127,7 +133,7 @@ def coupling_launch(
         "partial_ptr": scratch.partials(sums) if splits else None,
         "counter_ptr": scratch.counters(tiles) if splits else None,
         "rows": rows,
-        "inputs": hidden.shape[1],
+        "inputs": hidden.features,
         "half": half,
         "x1_features": source.passive.features,
         "x2_features": source.active.features,
@@ -157,8 +163,11 @@ def coupling_launch(
 @triton.jit
 def coupling_kernel(
     hidden_ptr,
+    hidden_low_ptr,
+    hidden_scale_ptr,
     w_ptr,
     w_low_ptr,
+    w_scale_ptr,
     bias_ptr,
     x1_ptr,
     x2_ptr,
@@ -225,12 +234,19 @@ def coupling_kernel(
         t = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         s += tl.load(bias_ptr + column, mask=biased, other=0.0)[None, :]
         t += tl.load(bias_ptr + half + column, mask=biased, other=0.0)[None, :]
+        scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+        if hidden_scale_ptr is not None:
+            scale = tl.load(hidden_scale_ptr + row) * tl.load(w_scale_ptr)
+            s *= power_reciprocal(scale)[:, None]
+            t *= power_reciprocal(scale)[:, None]
         for start in tl.range(split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs), BLOCK_K):
             k = start + step
-            hidden = taken(tl.load(hidden_ptr + hidden_row[:, None] + k[None, :]), TAKES, PRECISION)
+            hidden_at = hidden_row[:, None] + k[None, :]
+            x = tl.load(hidden_ptr + hidden_at)
+            x = (x, tl.load(hidden_low_ptr + hidden_at)) if TAKES == "parts" else taken(x, TAKES, PRECISION)
             offsets = s_row[None, :] + k[:, None]
-            s = add_product(s, hidden, w_ptr, w_low_ptr, offsets, TAKES, IN_PARTS, PRECISION)
-            t = add_product(t, hidden, w_ptr, w_low_ptr, half * inputs + offsets, TAKES, IN_PARTS, PRECISION)
+            s = add_product(s, x, w_ptr, w_low_ptr, offsets, TAKES, IN_PARTS, PRECISION)
+            t = add_product(t, x, w_ptr, w_low_ptr, half * inputs + offsets, TAKES, IN_PARTS, PRECISION)
 
         complete = True
         if SPLIT_K > 1:
@@ -243,6 +259,9 @@ def coupling_kernel(
                 s = sum_splits(partial_ptr, slot, SPLIT_K, BLOCK_ROWS, BLOCK_OUT)
                 t = sum_splits(partial_ptr, slot + SPLIT_K, SPLIT_K, BLOCK_ROWS, BLOCK_OUT)
         if complete:
+            if hidden_scale_ptr is not None:
+                s *= scale[:, None]
+                t *= scale[:, None]
             j = clamp * tanh(s, PRECISION)
             if RAGGED:
                 j = tl.where((column < half)[None, :], j, 0.0)

@@ -5,12 +5,13 @@ and knows no libdevice. Here operands are rounded on their bits when interpreted
 compiled is the plain instruction. A kernel makes its operands with `operand` or `taken`, multiplies them with `dot`,
 and stores an operand as it is: its rounding is done, so that the interpreter's truncation loses nothing.
 
-PRECISION is one of "ieee", "tf32", "tf32x3" (operands in fp32) and "bf16" (operands in bf16); sums are always fp32.
-"tf32x3" takes every factor as two operands, itself and what rounding left of it. Triton has such products too, which
-split the weights anew in every tile; here they are stored in two parts. Matrix units cut sums off where an addition
-rounds, so that what is lost always has one sign: carried through all inputs, sums lost over 30 times as much on a card
-at D = 1024. Where digits are kept, a few steps begin at zero and are added to the sum by a rounding addition; weights
-make up for most of what a part still loses (`phase_weights.CUT_OFF`).
+PRECISION is one of "ieee", "tf32", "tf32x3" (operands in fp32), "bf16" (operands in bf16), "fp16" and "fp16x3"
+(operands in fp16, scaled: see `scaling`); sums are always fp32.
+"tf32x3" and "fp16x3" take every factor as two operands, itself and what rounding left of it. Triton has such products
+of tf32 too, which split the weights anew in every tile; here they are stored in two parts. Matrix units cut sums off
+where an addition rounds, so that what is lost always has one sign: carried through all inputs, sums lost over 30 times
+as much on a card at D = 1024. Where digits are kept, a few steps begin at zero and are added to the sum by a rounding
+addition; weights make up for most of what a part still loses (`phase_weights.CUT_OFF`).
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16")
+PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16", "fp16x3")
 
 
 @triton.jit
@@ -41,6 +42,8 @@ def operand(x, PRECISION: tl.constexpr):
             return _round_mantissa(x.to(tl.float32), 16)
         else:
             return x.to(tl.bfloat16)
+    elif PRECISION == "fp16" or PRECISION == "fp16x3":
+        return x.to(tl.float16)
     elif PRECISION == "tf32":
         if INTERPRET:
             return _round_mantissa(x.to(tl.float32), 13)
@@ -58,7 +61,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b: operands as `operand` makes them, or weights as they are stored; acc fp32."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif PRECISION == "bf16":
+    elif PRECISION == "bf16" or PRECISION == "fp16" or PRECISION == "fp16x3":
         return tl.dot(a, b, acc)
     elif PRECISION == "ieee":
         return tl.dot(a, b, acc, input_precision="ieee")
@@ -68,7 +71,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def taken(x, TAKES: tl.constexpr, PRECISION: tl.constexpr):
-    """x as a product takes it, by one of configs.TAKES: the operand, and the second part where it is split in two."""
+    """x as a product takes it, by one of configs.TAKES but "parts": the operand, and what is left where it is split."""
     if TAKES == "operand":
         return x, x
     elif TAKES == "rounded":
@@ -95,32 +98,39 @@ def added(acc, part):
 def add_product(
     acc, x, w_ptr, w_low_ptr, offsets, TAKES: tl.constexpr, IN_PARTS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """acc + x W, what is small first. x: see `taken`; w_low_ptr: what rounding left of W, beside "tf32x3" alone.
+    """acc + x W, what is small first. x: see `taken`; w_low_ptr: what rounding left of W, where every factor is in two.
 
     IN_PARTS also keeps products whose factor comes from registers from running into the next step: there Triton may
     write the next step's factor into registers that matrix units still read (triton-lang/triton, issue 9433).
     """
     large, small = x
     w = tl.load(w_ptr + offsets)
-    if IN_PARTS:
-        part = tl.zeros(acc.shape, tl.float32)
-        if TAKES == "split":
-            part = dot(small, w, part, PRECISION)
-        if w_low_ptr is not None:
-            part = dot(large, tl.load(w_low_ptr + offsets), part, PRECISION)
-        return added(acc, dot(large, w, part, PRECISION))
-    else:
-        return dot(large, w, acc, PRECISION)
+    part = tl.zeros(acc.shape, tl.float32) if IN_PARTS else acc
+    if TAKES == "split" or TAKES == "parts":
+        part = dot(small, w, part, PRECISION)
+    if w_low_ptr is not None:
+        part = dot(large, tl.load(w_low_ptr + offsets), part, PRECISION)
+    part = dot(large, w, part, PRECISION)
+    return added(acc, part) if IN_PARTS else part
+
+
+@triton.jit
+def power_reciprocal(x):
+    """1 / x, exactly, for a power of two between 2^-126 and 2^126."""
+    return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def tanh(x, PRECISION: tl.constexpr = "ieee"):
     """2 sigmoid(2 x) - 1, and x - x^3/3 + 2 x^5/15 where that difference would lose the small values' digits.
 
-    Beside bf16 operands the card's own tanh, right to 2^-11, is enough: one instruction instead of about twenty.
+    Beside bf16 operands the card's own tanh, right to 2^-11, is enough: one instruction instead of about twenty. Beside
+    those of eleven digits it is that difference alone, right to 2^-23 of 1.
     """
     if PRECISION == "bf16" and not INTERPRET:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    elif PRECISION == "fp16":
+        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
     else:
         square = x * x
         near_zero = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0)))

@@ -4,8 +4,9 @@
     "offset"   y = x W^T + bias               a permutation's matrix, u, a condition's share of the hidden layer
     "rotate"   w = x W^T + bias;  y = C v - S w;  rotated = S v + C w
 
-The bias is one vector, or the positional tables' rows[r] + columns[q], or what y holds is added to either. It starts
-the sums instead of being added to them afterwards.
+The bias is one vector, or the positional tables' rows[r] + columns[q], or what every row has of its own is added to
+either. It starts the sums instead of being added to them afterwards; where operands are scaled (`scaling`), divided by
+what the sums are then multiplied by.
 Outputs of W beyond y's are v, in float32 (x2 of the next block, which no product takes; a rotation's V1 below w1, which
 shares x): what is kept of it are the values, the sums of its squares per row and tile, or both.
 
@@ -23,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import LinearConfig, adds_in_parts, how_taken
-from cflow_fast.kernels.lang import activated_operand, add_product, operand, taken
+from cflow_fast.kernels.configs import LinearConfig, adds_in_parts, how_taken, in_two_parts
+from cflow_fast.kernels.lang import activate, activated_operand, add_product, operand, power_reciprocal, taken
 from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
@@ -54,6 +55,7 @@ class Rotation:
     cosine: Tensor  # (h,) float32, padded with 1
     sine: Tensor  # (h,) float32, padded with 0
     rotated: Tensor  # (N, h) in y's strides: S v + C w
+    rotated_low: Tensor | None = None  # the second part of scaled operands
 
 
 @dataclass(frozen=True)
@@ -74,25 +76,34 @@ def linear_launch(
     multiprocessors: int,
     *,
     bias: Tensor | Positions | None = None,
-    adds_y: bool = False,
+    added: Tensor | None = None,
     activation: str = "none",
     rotation: Rotation | None = None,
     beyond: Beyond | None = None,
     rounded: bool = True,
     takes: str | None = None,
     low: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    y_low: Tensor | None = None,
+    y_scale: Tensor | None = None,
     early: bool = False,
 ) -> Launch:
     """y[:N] = epilogue(x weight^T + bias) for N = x.count rows.
 
     weight: (outputs, inputs) operands, inputs a multiple of 64; y: (padded N, its outputs), rows evenly spaced.
-    bias: float32 (outputs,), or two tables by position. adds_y: y starts with what it holds.
+    bias: float32 (outputs,), or two tables by position. added: (padded N, y's outputs) what every row adds; y itself
+    may be it.
     rounded: y is stored as an operand, otherwise as the float32 that it was summed in.
-    takes: how x is taken, see `configs.TAKES`; None: as it has to be. low: what rounding left of weight, beside tf32x3.
+    takes: how x is taken, see `configs.TAKES`; None: as it has to be. low: what rounding left of weight, where factors
+    are taken in two parts. weight_scale: () float32, what scaled weights were divided by.
+    y_low, y_scale: where y is stored as scaled operands, and what a rotation makes with it, its second part, if it has
+    one, and the scale of both (padded N,).
     early: see `tiles`; whatever else is launched between launches of one chain has to be early too, or end before them.
     """
-    assert (low is not None) == (precision == "tf32x3")
+    assert (low is not None) == in_two_parts(precision)
+    assert (x.scale is None) == (weight_scale is None)
     takes = takes or how_taken(precision, x)
+    assert takes != "parts" or x.low is not None
     (outputs, inputs), y_outputs = weight.shape, y.shape[1]
     assert inputs % config.block_k == 0, "a last step would run into the next row's inputs"
     assert (outputs > y_outputs) == (beyond is not None)
@@ -104,16 +115,23 @@ def linear_launch(
     values, squares = (beyond.values, beyond.squares) if beyond else (rotation.v if rotation else None, None)
     args = {
         "x_ptr": x.tensor,
+        "x_low_ptr": x.low if takes == "parts" else None,
+        "x_scale_ptr": x.scale,
         "index_ptr": x.index,
         "w_ptr": weight,
         "w_low_ptr": low,
+        "w_scale_ptr": weight_scale,
         "bias_ptr": bias if isinstance(bias, Tensor) else positions.everywhere if positions else None,
         "lines_ptr": positions.rows if positions else None,
         "columns_ptr": positions.columns if positions else None,
         "cosine_ptr": rotation.cosine if rotation else None,
         "sine_ptr": rotation.sine if rotation else None,
+        "added_ptr": added,
         "y_ptr": y,
+        "y_low_ptr": y_low,
+        "y_scale_ptr": y_scale,
         "rotated_ptr": rotation.rotated if rotation else None,
+        "rotated_low_ptr": rotation.rotated_low if rotation else None,
         "v_ptr": values,
         "squares_ptr": squares,
         "partial_ptr": scratch.partials(units * config.block_rows * config.block_out) if splits else None,
@@ -124,6 +142,7 @@ def linear_launch(
         "y_outputs": y_outputs,
         "x_features": x.features,
         **x.addresses("x"),
+        "added_row_stride": 0 if added is None else added.stride(0),
         "y_row_stride": y.stride(0),
         "v_row_stride": 0 if values is None else values.stride(0),
         "squares_stride": 0 if squares is None else squares.stride(0),
@@ -132,7 +151,6 @@ def linear_launch(
     }
     constexprs = {
         "EPILOGUE": "rotate" if rotation else "offset" if activation == "none" else "hidden",
-        "ADDS_Y": adds_y,
         "HAS_V": beyond is not None,
         "ACTIVATION": activation,
         "LINE": _line(positions, config.block_rows),
@@ -160,16 +178,23 @@ def _line(positions: Positions | None, block_rows: int) -> int:
 @triton.jit
 def linear_kernel(
     x_ptr,
+    x_low_ptr,
+    x_scale_ptr,
     index_ptr,
     w_ptr,
     w_low_ptr,
+    w_scale_ptr,
     bias_ptr,
     lines_ptr,
     columns_ptr,
     cosine_ptr,
     sine_ptr,
+    added_ptr,
     y_ptr,
+    y_low_ptr,
+    y_scale_ptr,
     rotated_ptr,
+    rotated_low_ptr,
     v_ptr,
     squares_ptr,
     partial_ptr,
@@ -185,13 +210,13 @@ def linear_kernel(
     x_image_stride,
     x_height,
     x_width,
+    added_row_stride,
     y_row_stride,
     v_row_stride,
     squares_stride,
     table_height,
     table_width,
     EPILOGUE: tl.constexpr,
-    ADDS_Y: tl.constexpr,
     HAS_V: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LINE: tl.constexpr,
@@ -232,19 +257,23 @@ def linear_kernel(
                 acc, first_row, column, biased, outputs, lines_ptr, columns_ptr, table_height, table_width,
                 LINE, BLOCK_ROWS, BLOCK_OUT,
             )  # fmt: skip
-        if ADDS_Y:
-            y_tile_ptr = y_ptr + row[:, None] * y_row_stride + column[None, :]
-            acc += tl.load(y_tile_ptr, mask=(biased & (column < y_outputs))[None, :], other=0.0).to(tl.float32)
+        if added_ptr is not None:
+            added_tile_ptr = added_ptr + row[:, None] * added_row_stride + column[None, :]
+            acc += tl.load(added_tile_ptr, mask=(biased & (column < y_outputs))[None, :], other=0.0).to(tl.float32)
+        scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+        if x_scale_ptr is not None:
+            scale = tl.load(x_scale_ptr + row) * tl.load(w_scale_ptr)
+            acc *= power_reciprocal(scale)[:, None]
         for start in tl.range(split * split_inputs, tl.minimum((split + 1) * split_inputs, inputs), BLOCK_K):
             k = start + step
             feature = k if index_ptr is None else tl.load(index_ptr + k)
-            x_tile_ptr = x_ptr + x_row[:, None] + feature[None, :] * x_feature_stride
+            x_at = x_row[:, None] + feature[None, :] * x_feature_stride
             if OUTER:
                 valid = (row < rows)[:, None] & (k < x_features)[None, :]
-                x = tl.load(x_tile_ptr, mask=valid, other=0.0)
+                x = tl.load(x_ptr + x_at, mask=valid, other=0.0)
             else:
-                x = tl.load(x_tile_ptr)
-            x = taken(x, TAKES, PRECISION)
+                x = tl.load(x_ptr + x_at)
+            x = (x, tl.load(x_low_ptr + x_at)) if TAKES == "parts" else taken(x, TAKES, PRECISION)
             acc = add_product(acc, x, w_ptr, w_low_ptr, w_row[None, :] + k[:, None], TAKES, IN_PARTS, PRECISION)
 
         complete = True
@@ -255,6 +284,8 @@ def linear_kernel(
             if complete:
                 acc = sum_splits(partial_ptr, tile * SPLIT_K, SPLIT_K, BLOCK_ROWS, BLOCK_OUT)
         if complete:
+            if x_scale_ptr is not None:
+                acc *= scale[:, None]
             if is_v:
                 valid, v_column = column < outputs, column - y_outputs
                 if v_ptr is not None:
@@ -265,8 +296,8 @@ def linear_kernel(
                     tl.store(squares_ptr + (out_tile - y_tiles) * squares_stride + row, tl.sum(v * v, 1))
             else:
                 _store_y(
-                    acc, row, column, y_outputs, y_ptr, y_row_stride, v_ptr, v_row_stride, cosine_ptr, sine_ptr,
-                    rotated_ptr, EPILOGUE, ACTIVATION, ROUNDED, PRECISION,
+                    acc, row, column, y_outputs, y_ptr, y_low_ptr, y_scale_ptr, y_row_stride, v_ptr, v_row_stride,
+                    cosine_ptr, sine_ptr, rotated_ptr, rotated_low_ptr, EPILOGUE, ACTIVATION, ROUNDED, PRECISION,
                 )  # fmt: skip
 
 
@@ -310,7 +341,8 @@ def _add_positions(
 
 @triton.jit
 def _store_y(
-    acc, row, column, outputs, y_ptr, y_row_stride, v_ptr, v_row_stride, cosine_ptr, sine_ptr, rotated_ptr,
+    acc, row, column, outputs, y_ptr, y_low_ptr, y_scale_ptr, y_row_stride, v_ptr, v_row_stride,
+    cosine_ptr, sine_ptr, rotated_ptr, rotated_low_ptr,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     valid = column < outputs
@@ -321,10 +353,28 @@ def _store_y(
         cosine = tl.load(cosine_ptr + column, mask=valid, other=1.0)[None, :]
         sine = tl.load(sine_ptr + column, mask=valid, other=0.0)[None, :]
         rotated = sine * v + cosine * acc
-        tl.store(rotated_ptr + at, operand(rotated, PRECISION) if ROUNDED else rotated, mask=valid[None, :])
+        if y_scale_ptr is not None:
+            rotated *= power_reciprocal(tl.load(y_scale_ptr + row))[:, None]
+            _store_scaled(rotated, at, valid, rotated_ptr, rotated_low_ptr, PRECISION)
+        else:
+            tl.store(rotated_ptr + at, operand(rotated, PRECISION) if ROUNDED else rotated, mask=valid[None, :])
         acc = cosine * v - sine * acc
+    if y_scale_ptr is not None:
+        if EPILOGUE == "hidden":
+            acc = activate(acc, ACTIVATION)
+        acc *= power_reciprocal(tl.load(y_scale_ptr + row))[:, None]
+        _store_scaled(acc, at, valid, y_ptr, y_low_ptr, PRECISION)
+        return
     if EPILOGUE == "hidden":
         y = activated_operand(acc, ACTIVATION, PRECISION)
     else:
         y = operand(acc, PRECISION) if ROUNDED else acc
     tl.store(y_ptr + at, y, mask=valid[None, :])
+
+
+@triton.jit
+def _store_scaled(y, at, valid, y_ptr, y_low_ptr, PRECISION: tl.constexpr):
+    large = operand(y, PRECISION)
+    tl.store(y_ptr + at, large, mask=valid[None, :])
+    if y_low_ptr is not None:
+        tl.store(y_low_ptr + at, operand(y - large.to(tl.float32), PRECISION), mask=valid[None, :])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from cflow_fast.kernels.configs import how_mixed, in_two_parts, is_scaled
 from cflow_fast.kernels.linear import Positions
 from cflow_fast.kernels.torch_flow import PositionalTables
 from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing, round_to_tf32
@@ -17,8 +18,57 @@ PADDING = 64
 """Both halves and the hidden layer are padded to multiples of this: then no product masks its inputs."""
 
 
+SOFTPLUS_AT_MOST = 0.7
+"""That it is above a ReLU."""
+BOUND_MARGIN = 1.01
+"""For what rounding adds to sums."""
+
+
 def operand_dtype(precision: str) -> torch.dtype:
+    if is_scaled(precision):
+        return torch.float16
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def sums_dtype(precision: str) -> torch.dtype:
+    """Of what is added to sums or kept between blocks: operands, unless only a scale makes them hold it."""
+    return torch.float32 if is_scaled(precision) else operand_dtype(precision)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How large what products make can be at most, float32:
+
+        |hidden| <= hidden max |x1| + condition max |c| + offset    (K,)
+        |v| + |w| <= passive max |x1| + active max |y2| + mixed     (R,) of R rotations
+    A positional encoding is between -1 and 1 and part of `positional`, which takes the place of offset.
+    """
+
+    hidden: Tensor
+    condition: Tensor
+    offset: Tensor
+    positional: Tensor
+    passive: Tensor
+    active: Tensor
+    mixed: Tensor
+
+    @classmethod
+    def of(cls, weights: FlowWeights) -> Bounds:
+        mixing = weights.mixing
+        nothing = weights.b1.new_zeros(weights.blocks, 1, dtype=torch.float32)
+        condition = _largest_sums(nothing if weights.w1_condition is None else weights.w1_condition)
+        offset = _largest_sums(weights.b1.unsqueeze(-1)) + SOFTPLUS_AT_MOST
+        rotations = (nothing[:0],) * 4
+        if isinstance(mixing, SoftMixing):
+            offsets = mixing.passive_offset.unsqueeze(-1), mixing.active_offset.unsqueeze(-1)
+            rotations = mixing.passive, mixing.active, *offsets
+        passive, active, v, w = map(_largest_sums, rotations)
+        return cls(_largest_sums(weights.w1), condition, offset, offset + condition, passive, active, v + w)
+
+
+def _largest_sums(matrices: Tensor) -> Tensor:
+    """(K, out, in) to (K,): the largest sum of an output's magnitudes, and a little for what rounding adds."""
+    return BOUND_MARGIN * matrices.float().abs().sum(-1).amax(-1) if matrices.numel() else matrices.new_zeros(0)
 
 
 @dataclass(frozen=True)
@@ -26,7 +76,9 @@ class PhaseWeights:
     """half: both halves padded to one width; m: the hidden layer padded. Vectors are float32, matrices operands.
 
     w1: a block's first layer (m, half); where a rotation follows and `joined`, below it V1 (half, half).
-    low: beside tf32x3, the same of what rounding left of every matrix.
+    low: where factors are taken in two parts, the same of what rounding left of every matrix.
+    scale, bounds: with scaled operands, the power of two () that every matrix was divided by, and what their sums
+    are at most.
     """
 
     weights: FlowWeights
@@ -41,13 +93,18 @@ class PhaseWeights:
     soft: SoftMixing | None  # padded
     hard: HardMixing | None  # passive and active as (K, half) int32, gain and shift as (K, half)
     low: PhaseWeights | None = None
+    scale: Tensor | None = None
+    bounds: Bounds | None = None
 
     @classmethod
     def prepare(cls, weights: FlowWeights, precision: str) -> PhaseWeights:
-        low = None
-        if precision == "tf32x3":
-            low = cls._prepare(weights, _Operands(precision, low=True, cut_off=cut_off_by(weights.device)))
-        return replace(cls._prepare(weights, _Operands(precision)), low=low)
+        low, bounds, scale = None, None, None
+        if is_scaled(precision):
+            scale, bounds = _matrices_scale(weights), Bounds.of(weights)
+        if in_two_parts(precision):
+            operands = _Operands(precision, low=True, cut_off=cut_off_by(weights.device), scale=scale)
+            low = cls._prepare(weights, operands)
+        return replace(cls._prepare(weights, _Operands(precision, scale=scale)), low=low, scale=scale, bounds=bounds)
 
     @classmethod
     def _prepare(cls, weights: FlowWeights, operands: _Operands) -> PhaseWeights:
@@ -105,15 +162,16 @@ class PhaseWeights:
 
 
 def is_joined(precision: str) -> bool:
-    """Whether a rotation's V1 is one product with w1. In tf32 it takes their common factor otherwise."""
-    return precision != "tf32"
+    """Whether a rotation's V1 is one product with w1, which takes their common factor as V1 has to."""
+    return how_mixed(precision) is None
 
 
 CUT_OFF = 1.2e-7
-"""Share of a sum that Hopper's matrix units cut off while they add up a part of one (`lang`), four instructions of
-eight inputs in turn: each drops what no longer fits 24 bits. Counted from that alone it is 1.0e-7; what soft
-permutations lost on an H100, with parts of 32 inputs and of 16, was 1.2 times as much as so emulated. On that card it
-took their error from 2.5e-6 to 1.0e-6 (RMS, WideResNet-50's decoders in bench/results); emulated, less is left."""
+"""Share of a sum that Hopper's matrix units cut off while they add up a part of one (`lang`), four instructions in
+turn: each drops what no longer fits 24 bits. Counted from that alone it is 1.0e-7; what soft permutations lost on an
+H100 in tf32x3, by instructions of eight inputs, with parts of 32 inputs and of 16, was 1.2 times what so is emulated.
+On that card it took their error from 2.5e-6 to 1.0e-6 (RMS, WideResNet-50's decoders in bench/results); emulated, less
+is left. Of fp16x3, whose four instructions have sixteen inputs, it is expected, not measured."""
 
 
 def cut_off_by(device: torch.device) -> float:
@@ -124,24 +182,42 @@ def cut_off_by(device: torch.device) -> float:
 
 
 class _Operands:
-    """Pads matrices with zeros and rounds them to what the matrix units take; low: to what that left of them, and the
-    share that is going to be cut off."""
+    """Pads matrices with zeros and rounds them to what the matrix units take, divided by `scale` if they are scaled.
 
-    def __init__(self, precision: str, low: bool = False, cut_off: float = 0.0) -> None:
-        self.precision, self.low, self.cut_off = precision, low, cut_off
+    low: to what rounding left of them, and the share that is going to be cut off.
+    """
+
+    def __init__(self, precision: str, low: bool = False, cut_off: float = 0.0, scale: Tensor | None = None) -> None:
+        self.precision, self.low, self.cut_off, self.scale = precision, low, cut_off, scale
 
     def __call__(self, matrix: Tensor, rows: int, columns: int) -> Tensor:
         matrix = pad(matrix, rows, columns)
+        if self.scale is not None:
+            matrix = matrix.float() / self.scale
+        rounded = self._rounded(matrix)
+        if not self.low:
+            return rounded
+        return self._rounded((matrix.double() * (1 + self.cut_off) - rounded).float())
+
+    def _rounded(self, matrix: Tensor) -> Tensor:
         if self.precision in ("tf32", "tf32x3"):
-            rounded = round_to_tf32(matrix.float())
-            if not self.low:
-                return rounded
-            return round_to_tf32((matrix.double() * (1 + self.cut_off) - rounded).float())
+            return round_to_tf32(matrix.float())
         return matrix.to(operand_dtype(self.precision))
 
     def halves(self, matrix: Tensor, first: int, half: int, columns: int) -> Tensor:
         """Rows of two halves, the first of `first` rows, each padded to `half`."""
         return self(_pad_halves(matrix.mT, first, half).mT, 2 * half, columns).contiguous()
+
+
+def _matrices_scale(weights: FlowWeights) -> Tensor:
+    """The power of two () that leaves the largest number of all matrices under 2^15."""
+    families = [weights.w1, weights.w2, weights.w1_condition]
+    if isinstance(weights.mixing, SoftMixing):
+        soft = weights.mixing
+        families += [soft.matrix, soft.passive, soft.active, soft.output, soft.passive_output]
+    largest = torch.stack([m.abs().amax().float() for m in families if m is not None and m.numel()]).amax()
+    exponent = torch.frexp(largest).exponent.clamp(-64, 64) - 15
+    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def _padded(width: int) -> int:

@@ -4,6 +4,7 @@
     A  kernels/linear.py     hidden = act(w1 x1 + bias), and v beside it where a rotation follows (in tf32 after it)
     B  kernels/coupling.py   y2, sums of j
     C  kernels/linear.py     soft permutations: x' by one product, or by a rotation's two; hard ones have none
+       kernels/scaling.py    before A and C, where operands are scaled: their factor, laid down as such
 and one reduction. Features that are operands already are read where they lie; what lies between the blocks is
 `state`'s.
 """
@@ -22,16 +23,21 @@ from cflow_fast.kernels.configs import (
     ReductionConfig,
     adds_in_parts,
     begins_early,
+    how_mixed,
     how_taken,
+    in_two_parts,
+    is_scaled,
+    select_scaling,
 )
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
 from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
 from cflow_fast.kernels.packing import packing_launch
-from cflow_fast.kernels.phase_weights import PhaseWeights, is_joined
+from cflow_fast.kernels.phase_weights import PhaseWeights, is_joined, sums_dtype
 from cflow_fast.kernels.reduction import reduction_launch
 from cflow_fast.kernels.rows import Rows, loose_rows
-from cflow_fast.kernels.state import HardState, SoftState
+from cflow_fast.kernels.scaling import Bound, Factors, scaling_launch
+from cflow_fast.kernels.state import HardState, ScaledSoftState, SoftState
 from cflow_fast.kernels.tuning import select_coupling, select_linear
 
 ROW_PADDING = 128
@@ -53,22 +59,29 @@ class Phases:
         if self.early:
             self.scratch.counters(1)  # now: a launch can be early only after another one
         self.joined = is_joined(prepared.precision)
-        self.makes_v = self._config(half, hidden + half) if self.joined else self._config(half, half, "split")
+        v_takes = how_mixed(prepared.precision) or ""
+        self.makes_v = self._config(half, hidden + half) if self.joined else self._config(half, half, v_takes)
         self.tiles = cdiv(half, self.coupling.block_out)
         self.v_tiles = 0 if prepared.norm_passive else cdiv(half, self.makes_v.block_out)
         self.padded_rows = cdiv(rows, ROW_PADDING) * ROW_PADDING
         self.packed = False
-        self.hidden = self.empty(self.padded_rows, hidden)
+        self.factors = None
+        if is_scaled(prepared.precision):
+            widest = max(half if prepared.hard else 2 * half, _condition_width(prepared))
+            self.factors = Factors(rows, self.padded_rows, widest, prepared.device)
+        self.bias: HiddenBias = None
+        self.hidden = self._hidden_rows(hidden)
         self.sums = self.empty(
             (prepared.weights.blocks + 1) * self.tiles + self.v_tiles, self.padded_rows, dtype=torch.float32
         )
-        self.state = HardState(self) if prepared.hard else SoftState(self)
+        soft = SoftState if self.factors is None else ScaledSoftState
+        self.state = HardState(self) if prepared.hard else soft(self)
 
     def launches(
         self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
     ) -> Iterator[Launch]:
         """Everything up to log_prob and log_det, (N,) float32; with want_u `u` is there afterwards."""
-        weights, state = self.prepared.weights, self.state
+        weights, state, self.bias = self.prepared.weights, self.state, bias
         source = Halves(features.narrow(0, weights.passive), features.narrow(weights.passive, weights.active))
         x1, self.packed = source.passive, self.packs(features)
         if self.packed:
@@ -100,6 +113,8 @@ class Phases:
     def packs(self, features: Rows) -> bool:
         """Whether the first block takes the features from where they were packed, not from where they lie."""
         precision, hard = self.prepared.precision, bool(self.prepared.hard)
+        if self.factors is not None:  # what products take is laid down anyhow
+            return False
         nothing_to_round = precision == "ieee" and features.tensor.dtype == torch.float32
         as_kept = nothing_to_round or self._taken(features) == how_taken(precision, exact=not hard)
         return not (as_kept and (hard or features.feature_stride == 1))
@@ -109,45 +124,91 @@ class Phases:
         """(N, D) float32, after launches that wanted it."""
         return self.state.u()
 
-    def linear(
-        self, x: Rows, weight: Tensor, low: Tensor | None, y: Tensor, bias: Tensor | None = None, **options: object
-    ) -> Launch:
-        takes = options.setdefault("takes", how_taken(self.prepared.precision, x))
-        rotates = options.get("rotation") is not None
-        config = self._config(weight.shape[1], weight.shape[0], str(takes), rotates)
-        return self._linear(x, weight, low, y, config, bias, **options)
+    def product(
+        self,
+        x: Rows,
+        weight: Tensor,
+        low: Tensor | None,
+        y: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        **options: object,
+    ) -> Iterator[Launch]:
+        """scale: where that of a scaled factor is kept, if it is still wanted afterwards."""
+        takes = str(options.setdefault("takes", how_taken(self.prepared.precision, x)))
+        config = self._config(weight.shape[1], weight.shape[0], takes, options.get("rotation") is not None)
+        if self.factors is not None and x.scale is None:
+            place = self.factors.place(weight.shape[1], takes == "parts", scale)
+            yield self.scaled(x, place)
+            x = place
+        yield self._linear(x, weight, low, y, config, bias, **options)
+
+    def scaled(self, x: Rows, place: Rows, mixed: Bound | None = None, hidden: Bound | None = None) -> Launch:
+        """x as scaled operands."""
+        config = select_scaling(place.features)
+        return scaling_launch(x, place, config, mixed=mixed, hidden=hidden, early=self._is_early())
+
+    def hidden_bound(self, block: int) -> Bound:
+        assert self.factors is not None
+        assert self.prepared.bounds is not None
+        bounds, scale = self.prepared.bounds, self.factors.hidden_scale
+        if isinstance(self.bias, Tensor):
+            condition = self.factors.place(_condition_width(self.prepared), False, self.factors.condition_scale)
+            return Bound(scale, bounds.hidden[block], bounds.offset[block], condition, bounds.condition[block])
+        return Bound(scale, bounds.hidden[block], (bounds.positional if self.bias else bounds.offset)[block])
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.prepared.dtype, device=self.prepared.device)
+        """dtype: unless given, that of a state."""
+        dtype = dtype or sums_dtype(self.prepared.precision)
+        return torch.empty(shape, dtype=dtype, device=self.prepared.device)
+
+    def _hidden_rows(self, width: int) -> Rows:
+        parts = 2 if self.factors is not None and in_two_parts(self.prepared.precision) else 1
+        large, *low = (self.empty(self.padded_rows, width, dtype=self.prepared.dtype) for _ in range(parts))
+        scale = self.factors.hidden_scale if self.factors else None
+        return Rows(large, self.rows, width, width, 1, low=low[0] if low else None, scale=scale)
 
     def _first_layer(self, block: int, x1: Rows, bias: HiddenBias, beyond: Beyond | None) -> Iterator[Launch]:
         w = self.prepared
+        hidden = self.hidden
         takes = self._taken(x1)
         outputs = w.hidden + w.half if beyond and self.joined else w.hidden
         config = self._config(w.half, outputs, takes)
         if beyond and self.joined and beyond.squares is not None:
             config = self.makes_v  # whose tiles the sums are laid out for
+        added = None
         if isinstance(bias, Tensor):
             assert w.w1_condition is not None
             low = None if w.low is None else _of(w.low.w1_condition, block)
-            yield self.linear(loose_rows(bias), w.w1_condition[block], low, self.hidden)
+            added, scale = hidden.tensor, None
+            if self.factors is not None:
+                added, scale = self.empty(self.padded_rows, w.hidden), self.factors.condition_scale
+            yield from self.product(
+                loose_rows(bias), w.w1_condition[block], low, added, scale=scale, rounded=self.factors is None
+            )
+        if self.factors is not None and x1.scale is None:
+            place = self.state.factor() or self.factors.place(w.half, in_two_parts(w.precision))
+            yield self.scaled(x1, place, hidden=self.hidden_bound(block))
+            x1 = place
         yield self._linear(
             x1,
             w.w1[block],
             None if w.low is None else w.low.w1[block],
-            self.hidden,
+            hidden.tensor,
             config,
             bias[block] if isinstance(bias, list) else w.bias[block],
-            adds_y=isinstance(bias, Tensor),
+            added=added,
             activation=w.weights.activation,
             beyond=beyond if self.joined else None,
             takes=takes,
+            y_low=hidden.low,
+            y_scale=hidden.scale,
         )
         if beyond and not self.joined:
             assert w.soft is not None
-            rotation, nothing = block - w.soft.matrices, self.hidden[:, :0]
+            rotation, nothing = block - w.soft.matrices, hidden.tensor[:, :0]
             v1, offset = w.soft.passive[rotation], w.soft.passive_offset[rotation]
-            yield self._linear(x1, v1, None, nothing, self.makes_v, offset, beyond=beyond, takes="split")
+            yield self._linear(x1, v1, None, nothing, self.makes_v, offset, beyond=beyond, takes=how_mixed(w.precision))
 
     def _packing_layer(self, source: Halves) -> Launch:
         passive, active = self.state.places()
@@ -184,6 +245,7 @@ class Phases:
             norm=norm,
             rounded=self.rounds_state,
             low=None if w.low is None else w.low.w2[block],
+            weight_scale=w.scale,
             early=self._is_early(),
         )
 
@@ -194,8 +256,9 @@ class Phases:
 
     @property
     def rounds_state(self) -> bool:
-        """Whether what a product takes is stored as an operand; soft permutations in tf32 take it as two."""
-        return bool(self.prepared.hard) or self.prepared.precision != "tf32"
+        """Whether what a product takes is stored as an operand; soft permutations in tf32 take it as two, and scaled
+        operands are made of a state of their own."""
+        return self.factors is None and (bool(self.prepared.hard) or self.prepared.precision != "tf32")
 
     def v_squares(self) -> Tensor:
         """The sums of v^2 after the last block's rotation."""
@@ -227,9 +290,14 @@ class Phases:
             self.chip.multiprocessors,
             bias=bias,
             low=low,
+            weight_scale=self.prepared.scale,
             early=self._is_early(),
             **options,  # type: ignore[arg-type]
         )
+
+
+def _condition_width(prepared: PhaseWeights) -> int:
+    return 0 if prepared.w1_condition is None else prepared.w1_condition.shape[2]
 
 
 def _of(matrices: Tensor | None, block: int) -> Tensor | None:

@@ -26,6 +26,8 @@ class Rows:
     outer: the caller's own tensor, of any dtype and nothing readable beyond its rows and features. Otherwise a
     workspace: operands, or float32 that is rounded on loading, its rows padded to whole tiles.
     index: input k is the feature index[k], where a state keeps its features in an order of its own.
+    low: in the same strides, what rounding left, where a workspace holds operands in two parts.
+    scale: (padded count,) float32, the power of two that every row was divided by (see `scaling`).
     """
 
     tensor: Tensor
@@ -36,6 +38,8 @@ class Rows:
     outer: bool = False
     maps: MapGeometry | None = None
     index: Tensor | None = None
+    low: Tensor | None = None
+    scale: Tensor | None = None
 
     def narrow(self, start: int, features: int) -> Rows:
         """Some of the features, one after another."""

@@ -7,15 +7,18 @@ hard   feature-major (D, N), once: y2 is written over x2, and nothing else ever 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from cflow_fast.kernels.configs import how_mixed
 from cflow_fast.kernels.coupling import Halves, Pending, Target
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.linear import Beyond, Rotation
 from cflow_fast.kernels.rows import Rows
+from cflow_fast.kernels.scaling import Bound
 from cflow_fast.kernels.weights import SoftMixing
 
 if TYPE_CHECKING:
@@ -57,6 +60,9 @@ class HardState:
     def beyond(self, block: int, kept: bool, last: bool) -> None:
         return None
 
+    def factor(self) -> None:
+        """Where x1 is kept as scaled operands: nowhere for longer than a product."""
+
     def mix(self, block: int) -> Iterator[Launch]:
         return iter(())
 
@@ -81,7 +87,8 @@ class SoftState:
         assert phases.prepared.soft is not None
         self.mixing: SoftMixing = phases.prepared.soft
         shape = phases.padded_rows, 2 * phases.prepared.half
-        self.state, self.other = (phases.empty(*shape) for _ in range(2))
+        self.state = phases.empty(*shape)
+        self.other = phases.empty(*shape) if self.mixing.matrices or phases.factors is None else self.state[:0]
         self.values = phases.empty(*shape, dtype=torch.float32)
         self.wanted_u: Tensor | None = None
 
@@ -119,44 +126,54 @@ class SoftState:
         rotation = block - self.mixing.matrices
         if rotation < 0:
             x2 = Beyond(values=self._active(self.values), squares=None)
-            yield self._mixed(self.state, "matrix", block, self._passive(self.other), beyond=x2)
+            yield from self._mixed(self._rows(self.state), "matrix", block, self._passive(self.other), beyond=x2)
             self.state, self.other = self.other, self.state
             return
-        yield self._rotate(rotation)
-        yield self._mixed(self._active(self.other), "output", rotation, self._active(self.values), rounded=False)
+        yield from self._rotate(rotation)
+        yield from self._mixed(self._turned(), "output", rotation, self._active(self.values), rounded=False)
+
+    def factor(self) -> Rows | None:
+        """Where x1 is kept as scaled operands, if it is."""
+        return None
 
     def turn_into_u(self, block: int) -> Iterator[Launch]:
         half = self.phases.prepared.half
         self.wanted_u = u = self.phases.empty(self.phases.padded_rows, 2 * half, dtype=torch.float32)
         rotation = block - self.mixing.matrices
         if rotation < 0:
-            yield self._mixed(self.state, "matrix", block, u, rounded=False)
+            yield from self._mixed(self._rows(self.state), "matrix", block, u, rounded=False)
             return
-        yield self._rotate(rotation)
-        yield self._mixed(self._passive(self.state), "passive_output", 0, self._passive(u), rounded=False)
-        yield self._mixed(self._active(self.other), "output", rotation, self._active(u), rounded=False)
+        yield from self._rotate(rotation)
+        q = self.source(block + 1).passive
+        yield from self._mixed(q, "passive_output", 0, self._passive(u), rounded=False)
+        yield from self._mixed(self._turned(), "output", rotation, self._active(u), rounded=False)
 
     def u(self) -> Tensor:
         assert self.wanted_u is not None
         rows, weights, u = self.phases.rows, self.phases.prepared.weights, self.wanted_u
         return torch.cat([self._passive(u)[:rows, : weights.passive], self._active(u)[:rows, : weights.active]], 1)
 
-    def _rotate(self, rotation: int) -> Launch:
+    def _rotate(self, rotation: int) -> Iterator[Launch]:
         """w from y2, and with v elementwise to q', in q's place, and to what the output matrix takes to x2."""
         rotated, v = self._active(self.other), self._passive(self.values)
         parts = Rotation(v, self.mixing.cosine[rotation], self.mixing.sine[rotation], rotated)
-        return self._mixed(self._active(self.state), "active", rotation, self._passive(self.state), rotation=parts)
+        y2 = self._rows(self._active(self.state))
+        return self._mixed(y2, "active", rotation, self._passive(self.state), rotation=parts)
 
-    def _mixed(self, x: Tensor, name: str, block: int, y: Tensor, **options: object) -> Launch:
+    def _turned(self) -> Rows:
+        """What a rotation's output matrix takes."""
+        return self._rows(self._active(self.other))
+
+    def _mixed(self, x: Rows, name: str, block: int, y: Tensor, **options: Any) -> Iterator[Launch]:
         """One of the mixing's products; in tf32 its factor is taken as two operands, and nothing else keeps digits."""
         prepared = self.phases.prepared
         matrices, offsets = getattr(self.mixing, name), getattr(self.mixing, OFFSETS.get(name, ""), None)
         low = None if prepared.low is None else getattr(prepared.low.soft, name)[block]
         options = {"rounded": self.phases.rounds_state} | options
-        if prepared.precision == "tf32":
-            options["takes"] = "split"
-        return self.phases.linear(
-            self._rows(x),
+        if takes := how_mixed(prepared.precision):
+            options["takes"] = takes
+        return self.phases.product(
+            x,
             matrices[block],
             low,
             y,
@@ -172,6 +189,49 @@ class SoftState:
 
     def _active(self, x: Tensor) -> Tensor:
         return x[:, self.phases.prepared.half :]
+
+
+class ScaledSoftState(SoftState):
+    """A rotation leaves q and what its output matrix takes as scaled operands, by a bound on both that is new in every
+    block: y2 is measured as it is laid down, and q beside it."""
+
+    def __init__(self, phases: Phases) -> None:
+        super().__init__(phases)
+        factors = phases.factors
+        assert factors is not None
+        self.q, self.turned = (factors.own_place(phases.prepared.half, in_two=True) for _ in range(2))
+        self.free_scale = factors.scales()
+        self.rotated = False
+
+    def source(self, block: int) -> Halves:
+        halves = super().source(block)
+        return Halves(self.q, halves.active) if self.rotated else halves
+
+    def factor(self) -> Rows:
+        return self.q
+
+    def _rotate(self, rotation: int) -> Iterator[Launch]:
+        phases, bounds = self.phases, self.phases.prepared.bounds
+        assert phases.factors is not None
+        assert bounds is not None
+        assert self.q.scale is not None
+        place = phases.factors.place(phases.prepared.half, in_two=True)
+        gains = bounds.active[rotation], bounds.mixed[rotation], self.q, bounds.passive[rotation]
+        following = self.mixing.matrices + rotation + 1
+        hidden = phases.hidden_bound(following) if following < phases.prepared.weights.blocks else None
+        y2 = self._rows(self._active(self.state))
+        yield phases.scaled(y2, place, mixed=Bound(self.free_scale, *gains), hidden=hidden)
+        scale, self.free_scale = self.free_scale, self.q.scale
+        self.q, self.turned = replace(self.q, scale=scale), replace(self.turned, scale=scale)
+        self.rotated = True
+        angles = self.mixing.cosine[rotation], self.mixing.sine[rotation]
+        parts = Rotation(self._passive(self.values), *angles, self.turned.tensor, self.turned.low)
+        yield from self._mixed(
+            place, "active", rotation, self.q.tensor, rotation=parts, y_low=self.q.low, y_scale=scale
+        )
+
+    def _turned(self) -> Rows:
+        return self.turned
 
 
 OFFSETS = {"matrix": "offset", "active": "active_offset"}

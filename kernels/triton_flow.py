@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cflow_fast.kernels.capture import finish, on_device
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import WholeFlowConfig
+from cflow_fast.kernels.configs import WholeFlowConfig, in_one_kernel
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.linear import Positions
-from cflow_fast.kernels.phase_weights import PhaseWeights, operand_dtype
+from cflow_fast.kernels.phase_weights import PhaseWeights, sums_dtype
 from cflow_fast.kernels.phases import HiddenBias, Phases
 from cflow_fast.kernels.rows import Rows, loose_rows, map_rows
 from cflow_fast.kernels.table_cache import TableCache
@@ -75,7 +75,7 @@ class TritonFlow:
 
     @cached_property
     def whole(self) -> WholeFlowWeights:
-        prepared = WholeFlowWeights.prepare(self.weights, self.precision)
+        prepared = WholeFlowWeights.prepare(self.weights, in_one_kernel(self.precision))
         finish(self.weights.device)
         return prepared
 
@@ -92,7 +92,7 @@ class TritonFlow:
     def _whole_config(self, rows: int, own_condition: bool = False) -> WholeFlowConfig | None:
         features = self.weights.features
         hard = isinstance(self.weights.mixing, HardMixing)
-        return select_whole_flow(self.chip, features, rows, self.precision, own_condition, hard)
+        return select_whole_flow(self.chip, features, rows, in_one_kernel(self.precision), own_condition, hard)
 
     def _phases(
         self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
@@ -106,7 +106,7 @@ class TritonFlow:
         self, height: int, width: int, encoding: tuple[Tensor, Tensor], whole: bool
     ) -> Tensor | list[Positions]:
         def made() -> Tensor | list[Positions]:
-            exact: PositionalTables = positional_tables(self.weights, encoding, operand_dtype(self.precision))
+            exact: PositionalTables = positional_tables(self.weights, encoding, sums_dtype(self.precision))
             tables = self.whole.tables(exact) if whole else self.prepared.positions(exact)
             finish(self.weights.device)
             return tables

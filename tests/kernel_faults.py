@@ -259,4 +259,77 @@ PARTS = [
     ),
 ]
 
-FAULTS = [*TAIL, *WHOLE_FLOW, *PHASES, *PARTS]
+SCALED = [
+    Fault(
+        "a row not divided by its scale",
+        "scaling",
+        "    x *= power_reciprocal(scale)[:, None]\n",
+        "    x *= 0.5\n",
+        "phases, hard, fp16x3",
+    ),
+    Fault(
+        "what rounding left of a row forgotten",
+        "scaling",
+        "(x - large.to(tl.float32)).to(tl.float16)",
+        "(0.0 * x).to(tl.float16)",
+        "phases, soft, fp16x3",
+    ),
+    Fault(
+        "the largest number of a row mistaken",
+        "scaling",
+        "scale = _scale(tl.max(tl.abs(x), 1))",
+        "scale = _scale(tl.min(tl.abs(x), 1))",
+        "phases, hard, fp16x3",
+    ),
+    Fault(
+        "bound on the hidden layer far too small",
+        "scaling",
+        "bound = tl.load(hidden_gain_ptr) * (32768.0 * scale) + tl.load(hidden_offset_ptr)",
+        "bound = 1e-4 * scale + 1e-4 * tl.load(hidden_offset_ptr)",
+        "phases, hard, fp16x3",
+    ),
+    Fault(
+        "bound on a rotation far too small",
+        "scaling",
+        "scale = _scale(bound + tl.load(other_gain_ptr) * (largest * tl.load(other_scale_ptr + row)))",
+        "scale = _scale(1e-4 * bound)",
+        "phases, soft, fp16x3",
+    ),
+    Fault(
+        "bias not divided by a row's scale",
+        "linear",
+        "            acc *= power_reciprocal(scale)[:, None]\n",
+        "            acc *= 1.0\n",
+        "phases, hard, fp16x3",
+    ),
+    Fault(
+        "sums not multiplied by a row's scale",
+        "coupling",
+        "                s *= scale[:, None]\n",
+        "                s *= 1.0\n",
+        "phases, hard, fp16x3",
+    ),
+    Fault(
+        "what a rotation leaves not divided by its scale",
+        "linear",
+        "            rotated *= power_reciprocal(tl.load(y_scale_ptr + row))[:, None]\n",
+        "            rotated *= 1.0\n",
+        "phases, soft, fp16x3",
+    ),
+    Fault(
+        "second part of a hidden layer forgotten",
+        "linear",
+        "operand(y - large.to(tl.float32), PRECISION)",
+        "operand(0.0 * y, PRECISION)",
+        "phases, hard, fp16x3",
+    ),
+    Fault(
+        "a rotation's new scale taken for the old one",
+        "state",
+        "self.q, self.turned = replace(self.q, scale=scale), replace(self.turned, scale=scale)",
+        "self.turned = replace(self.turned, scale=scale)",
+        "phases, soft, fp16x3",
+    ),
+]
+
+FAULTS = [*TAIL, *WHOLE_FLOW, *PHASES, *PARTS, *SCALED]

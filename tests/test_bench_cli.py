@@ -125,7 +125,7 @@ def test_a_run_that_could_measure_nothing_exits_with_1(monkeypatch: pytest.Monke
         (("decoder", "--batch", "1,x"), "'x' is no whole number above 0"),
         (("decoder", "--batch", ","), "give at least one number"),
         (("decoder", "--batch", "1.5"), "'1.5' is no whole number above 0"),
-        (("decoder", "--precision", "fp8"), "'fp8' is none of fp32, tf32x3, tf32, bf16"),
+        (("decoder", "--precision", "fp8"), "'fp8' is none of fp32, tf32x3, fp16x3, tf32, fp16, bf16"),
         (("decoder", "--permutations", "none"), "'none' is none of soft, hard"),
         (("decoder", "--seconds", "0"), "0.0 is not in the range"),
         (("decoder", "--device", "tpu"), "'tpu' cannot be used here"),

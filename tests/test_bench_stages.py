@@ -72,7 +72,7 @@ def test_command_prints_the_stages_and_writes_a_trace_that_names_them(
     assert {"read", "decode", "encode", "map", "write"} <= {event.get("name") for event in events}
 
 
-@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3", "fp16", "fp16x3"])
 def test_a_precision_that_the_device_does_not_have_is_refused(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,7 +201,7 @@ def test_scales_side_by_side_give_what_they_give_in_turn() -> None:
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32x3", "fp16x3", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
 @pytest.mark.parametrize("features", [41, 64, 160, 512])
 def test_likelihoods_are_the_same_bit_by_bit_from_run_to_run(features: int, permute_soft: bool, precision: str) -> None:
@@ -214,7 +214,7 @@ def test_likelihoods_are_the_same_bit_by_bit_from_run_to_run(features: int, perm
             assert torch.equal(folded.log_prob(x), first)
 
 
-@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32x3", "fp16x3", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
 def test_wide_decoders_give_the_same_bits_from_run_to_run(permute_soft: bool, precision: str) -> None:
     """What one group of warps overwrites while another still reads it shows here, if anywhere."""
@@ -269,9 +269,10 @@ def test_predictions_are_the_cpus_and_do_not_depend_on_the_batch(
             assert mine.score == pytest.approx(theirs.score, abs=2e-3)
 
 
-def test_a_bf16_encoder_in_a_graph_predicts_what_it_predicts_without_one(good_paths: list[Path]) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_encoder_in_a_graph_predicts_what_it_predicts_without_one(precision: str, good_paths: list[Path]) -> None:
     model = calibrated_model(good_paths).to(CARD)
-    model.precision = model.encoder_precision = "bf16"
+    model.precision = model.encoder_precision = precision
     images = read(good_paths[:3]).to(CARD)
     for captured, plain in zip(model.log_probs(images), model._log_probs(images), strict=True):
         torch.testing.assert_close(captured, plain)

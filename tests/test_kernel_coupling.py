@@ -58,7 +58,7 @@ class Layer:
             weight = round_to_tf32(weight)
             options["low"] = round_to_tf32(self.weight - weight)
         launch = coupling_launch(
-            self.hidden,
+            Rows(self.hidden, ROWS, HIDDEN, HIDDEN, 1),
             weight,
             self.bias,
             source,

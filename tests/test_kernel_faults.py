@@ -84,6 +84,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "phases, soft": partial(phases_are_right, True),
     "phases, hard": partial(phases_are_right, False),
     "phases, soft, tf32x3": partial(phases_are_right, True, "tf32x3"),
+    "phases, soft, fp16x3": partial(phases_are_right, True, "fp16x3"),
+    "phases, hard, fp16x3": partial(phases_are_right, False, "fp16x3"),
 }
 
 

@@ -112,7 +112,7 @@ def test_bias_of_every_row_is_what_the_result_held() -> None:
     y = torch.randn(PADDED, OUTPUTS)
     held = y.clone()
     config = LinearConfig(32, 64, 64, warps=4, stages=2, split_k=2)
-    launched(x, weight, y, config=config, bias=bias, adds_y=True, activation="relu")
+    launched(x, weight, y, config=config, bias=bias, added=y, activation="relu")
     close(y, (product(x.tensor[:ROWS], weight) + held[:ROWS] + bias).relu())
 
 

@@ -267,6 +267,13 @@ def test_a_bf16_encoder_gives_features_close_to_those_of_an_fp32_one(good_paths:
     assert model(image).isfinite().all()
 
 
+def test_an_fp16_encoder_is_one_in_fp32_on_a_cpu(good_paths: list[Path]) -> None:
+    model = calibrated_model(good_paths, encoder_precision="fp16")
+    features = model.features(read(good_paths[:1]))
+    assert {map.dtype for map in features} == {torch.float32}
+    assert model.encoder_precision == "fp16", "and on a card what was asked for"
+
+
 def test_an_unknown_encoder_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match="encoder_precision is one of auto, fp32, bf16, got 'fp16'"):
-        tiny_model(encoder_precision="fp16")
+    with pytest.raises(ValueError, match="encoder_precision is one of auto, fp32, fp16, bf16, got 'tf32'"):
+        tiny_model(encoder_precision="tf32")

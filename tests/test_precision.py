@@ -38,10 +38,12 @@ def test_explicit_precisions_are_kept() -> None:
     assert str(arithmetic("fp32", CPU)) == "fp32"
     assert str(arithmetic("tf32", CPU)) == "tf32 (no tf32 on this cpu: fp32)"
     assert str(arithmetic("tf32x3", CPU)) == "tf32x3 (no tf32 on this cpu: fp32)"
+    assert str(arithmetic("fp16", CPU)) == "fp16 (no fp16 on this cpu: fp32)"
+    assert str(arithmetic("fp16x3", CPU)) == "fp16x3 (no fp16 on this cpu: fp32)"
 
 
-def test_gpu_stores_and_takes_float32_for_everything_made_of_tf32() -> None:
-    for name in ("fp32", "tf32x3", "tf32"):
+def test_gpu_stores_float32_for_everything_that_is_rounded_as_it_is_made_ready() -> None:
+    for name in ("fp32", "tf32x3", "fp16x3", "tf32", "fp16"):
         taken = arithmetic(name, torch.device("cuda"))
         assert (taken.storage, taken.operands, str(taken)) == (torch.float32, torch.float32, name)
 
@@ -52,7 +54,7 @@ def test_device_of_unknown_abilities_has_no_bf16() -> None:
 
 
 def test_unknown_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match="precision is one of auto, fp64, fp32, tf32x3, tf32, bf16, got 'int8'"):
+    with pytest.raises(ValueError, match=r"precision is one of auto, .*, tf32, fp16, bf16, got 'int8'"):
         resolve_precision("int8", CPU)
 
 

@@ -17,6 +17,7 @@ from cflow_fast.folding import cast_weights, fold_weights
 from cflow_fast.kernels import phases, table_cache, triton_flow, tuning
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import (
+    OPERAND_BYTES,
     SHARED_MEMORY,
     CouplingConfig,
     LinearConfig,
@@ -35,8 +36,8 @@ from cflow_fast.positional import encoding_factors
 CPU = torch.device("cpu")
 BLOCKS, CONDITION = 3, 8
 MIXINGS = {"hard": None, "matrices": BLOCKS, "rotations": 0, "a matrix, then rotations": 1}
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
-TOLERANCES = {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2e-3, "bf16": 2e-2}
+PRECISIONS = ("ieee", "tf32x3", "fp16x3", "tf32", "fp16", "bf16")
+TOLERANCES = {"ieee": 1e-6, "tf32x3": 1e-6, "fp16x3": 1e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2}
 """Of log p / D, against float64."""
 each_mixing = pytest.mark.parametrize("mixing", MIXINGS)
 
@@ -98,7 +99,7 @@ def test_maps_agree_with_float64(features: int, precision: str, mixing: str) -> 
 
 @each_mixing
 @pytest.mark.parametrize(("condition", "activation"), [(CONDITION, "relu"), (0, "softplus")])
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", ["ieee", "fp16x3", "fp16", "bf16"])
 def test_rows_with_a_condition_of_their_own_agree_with_float64(
     precision: str, condition: int, activation: str, mixing: str
 ) -> None:
@@ -129,7 +130,7 @@ def test_positions_of_maps_of_any_size(height: int, width: int, mixing: str) -> 
 
 
 @each_mixing
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", ["ieee", "fp16x3", "bf16"])
 def test_single_block_is_first_and_last_at_once(precision: str, mixing: str) -> None:
     """Of features that are read where they lie, and of packed ones."""
     flows = Flows("matrices" if mixing.startswith("a matrix") else mixing, precision, coupling_blocks=1)
@@ -174,7 +175,7 @@ def test_folded_decoder_runs_its_working_copy_in_triton(monkeypatch: pytest.Monk
 
 
 @each_mixing
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "fp16x3", "bf16"])
 def test_kernels_stay_in_bounds_and_depend_on_nothing_unwritten(precision: str, mixing: str) -> None:
     """With an odd D, ragged everywhere; fresh memory holds NaN."""
     flows = Flows(mixing, precision, 41, coupling_blocks=2)
@@ -184,6 +185,34 @@ def test_kernels_stay_in_bounds_and_depend_on_nothing_unwritten(precision: str, 
         guard.written_once(log_prob)
         result = flows.triton.rows(z, c, want_u=True)
     assert all(tensor is not None and tensor.isfinite().all() for tensor in (log_prob, *result))
+
+
+@each_mixing
+@pytest.mark.parametrize("factor", [1e-30, 1e-4, 1e4, 1e12])
+def test_features_of_any_size_lose_no_more_digits_as_scaled_operands(factor: float, mixing: str) -> None:
+    """As those of fp32's range do: trained decoders carry defects far beyond what fp16 holds."""
+    errors = {}
+    for precision in ("fp16", "tf32", "fp16x3", "tf32x3"):
+        torch.manual_seed(0)
+        flows = Flows(mixing, precision, coupling_blocks=2)
+        maps = factor * flows.maps(1, 3, 8)
+        exact = flows.exact.log_prob_map(maps.double(), flows.encoding(maps))
+        deviation = (flows.log_prob(maps) - exact).abs()
+        errors[precision] = float((deviation / exact.abs().clamp(min=flows.features)).max())
+    assert errors["fp16"] <= 1.5 * errors["tf32"] + 1e-7
+    assert errors["fp16x3"] <= 1.5 * errors["tf32x3"] + 1e-7
+
+
+def test_conditions_of_any_size_fit_scaled_operands() -> None:
+    errors = {}
+    for precision in ("fp16x3", "tf32x3"):
+        torch.manual_seed(0)
+        flows = Flows("rotations", precision, coupling_blocks=2)
+        z, c = flows.rows(9)
+        assert c is not None
+        exact = flows.exact_rows(z, 1e5 * c).log_prob
+        errors[precision] = float((flows.triton.rows(z, 1e5 * c, want_u=False).log_prob / exact - 1).abs().max())
+    assert errors["fp16x3"] <= 1.5 * errors["tf32x3"] + 1e-7
 
 
 @each_mixing
@@ -226,8 +255,9 @@ def test_no_rows_are_no_rows(condition: int, mixing: str) -> None:
 
 
 @each_mixing
-def test_position_that_is_not_finite_spoils_no_other(mixing: str) -> None:
-    flows = Flows(mixing, coupling_blocks=2)
+@pytest.mark.parametrize("precision", ["ieee", "fp16", "fp16x3"])
+def test_position_that_is_not_finite_spoils_no_other(precision: str, mixing: str) -> None:
+    flows = Flows(mixing, precision, coupling_blocks=2)
     maps = flows.maps(1, 4, 6)
     expected = flows.log_prob(maps)
     maps[0, 3, 1, 2], maps[0, 60, 3, 5] = torch.nan, torch.inf
@@ -259,7 +289,7 @@ def test_tables_of_few_sizes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
 def test_every_tile_fits_the_card(capability: tuple[int, int], precision: str) -> None:
     chip = Chip(capability, 132)
-    size = 2 if precision == "bf16" else 4
+    x_bytes, w_bytes = OPERAND_BYTES.get(precision, (4, 4))
     for rows in (1, 64, 256, 1024, 2048, 8192, 32768):
         for half in (64, 256, 512, 1024):
             hidden = 2 * (half + 128)
@@ -270,7 +300,8 @@ def test_every_tile_fits_the_card(capability: tuple[int, int], precision: str) -
                 held.add((a.block_rows, a.block_out, a.block_k, a.stages))
                 assert (a.split_k - 1) * -(-inputs // a.block_k // a.split_k) * a.block_k < inputs, "no idle split"
             for block_rows, block_out, block_k, stages in held:
-                assert block_k * size * stages * (block_rows + block_out) <= SHARED_MEMORY[capability] * 1024
+                held_at_once = stages * block_k * (x_bytes * block_rows + w_bytes * block_out)
+                assert held_at_once <= SHARED_MEMORY[capability] * 1024
                 assert block_rows <= phases.ROW_PADDING
 
 
@@ -318,13 +349,14 @@ def test_every_step_of_every_tile_that_may_be_launched_divides_its_inputs(rows: 
     ids=["few rows", "many rows", "a card without it"],
 )
 @pytest.mark.parametrize("permute_soft", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp16x3"])
 def test_launches_for_few_rows_begin_early_but_for_the_first(
-    side: int, capability: tuple[int, int], early: bool, permute_soft: bool
+    side: int, capability: tuple[int, int], early: bool, permute_soft: bool, precision: str
 ) -> None:
     """What is launched in between would have to be, too: the counters of split sums are there before the first."""
-    weights = specimen_weights(512, permute_soft, torch.bfloat16)
+    weights = specimen_weights(512, permute_soft, torch.bfloat16 if precision == "bf16" else torch.float32)
     features = torch.empty(1, 512, side, side, device="meta")
-    launches = decoder_launches(weights, features, "bf16", Chip(capability))
+    launches = decoder_launches(weights, features, precision, Chip(capability))
     begins = [launch.constexprs.get("EARLY", False) for launch in launches]
     assert begins == [False, *[early] * (len(launches) - 1)]
     assert [launch.options.get("launch_pdl", False) for launch in launches] == begins

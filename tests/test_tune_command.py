@@ -111,7 +111,7 @@ def test_tune_without_a_card_is_one_line_and_exit_code_1() -> None:
     [
         (("m.safetensors", "--size", "64"), 2, "MODEL has an encoder and an image size of its own"),
         (("--predict", "A100"), 2, "'A100' is not one of"),
-        (("--precision", "fp16"), 2, "'fp16' is none of"),
+        (("--precision", "fp8"), 2, "'fp8' is none of"),
         (("--minutes", "0"), 2, "0.0 is not in the range"),
         (("--size", "16", "--encoder", "resnet18"), 2, "smaller than 32"),
         (("--encoder", "no_such_net"), 1, "no_such_net"),

@@ -321,8 +321,8 @@ def test_candidates_are_distinct_fit_the_chip_and_begin_with_the_rules(capabilit
         for config in found:
             if isinstance(config, configs.ProductConfig):
                 out = config.block_out * (2 if problem.kernel == "coupling" else 1)
-                size = 2 if problem.precision == "bf16" else 4
-                shared = (config.block_rows + out) * config.block_k * config.stages * size
+                x, w = configs.OPERAND_BYTES.get(problem.precision, (4, 4))
+                shared = (x * config.block_rows + w * out) * config.block_k * config.stages
                 assert shared <= configs.SHARED_MEMORY[capability] * 1024
                 steps = -(-problem.numbers[0] // config.block_k)
                 assert (config.split_k - 1) * -(-steps // config.split_k) < steps, "no split is idle"

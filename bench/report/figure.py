@@ -23,7 +23,7 @@ LINE = 0.17
 """Inches that a precision of a case takes."""
 
 INK, FAINT, GRID = "#1d2126", "#5b6570", "#e3e5e8"
-PRECISION_MARKS = {"fp32": "o", "tf32": "s", "tf32x3": "D", "bf16": "^", "fp16": "v"}
+PRECISION_MARKS = {"fp32": "o", "tf32": "s", "tf32x3": "D", "bf16": "^", "fp16": "v", "fp16x3": "P"}
 PRECISION_COLOURS = dict(zip(PRECISION_MARKS, LIGHT, strict=False))
 
 

@@ -12,13 +12,13 @@ DARK = ("#6fb4ff", "#ff9a5c", "#e0c040", "#4fcf9f", "#d79bea", "#aeb8c2", "#ff8f
 """Blue, vermilion, ochre, green, purple, grey, pink: apart in lightness or hue to eyes that miss one kind of cone."""
 
 CONTENDER_MARKS = ("circle", "square", "triangle", "diamond", "cross", "wedge", "plus", "bar", "dash")
-PRECISION_DASHES = {"fp32": "", "tf32": "7 3", "tf32x3": "7 3 2 3", "bf16": "2 3", "fp16": "1 4"}
+PRECISION_DASHES = {"fp32": "", "tf32": "7 3", "tf32x3": "7 3 2 3", "bf16": "2 3", "fp16": "1 4", "fp16x3": "1 4 4 4"}
 
 
 def look(contender: str, precision: str = "fp32") -> Look:
     """Colour and mark say the contender, dash and filling the precision."""
     place = CONTENDERS.index(contender) if contender in CONTENDERS else len(CONTENDERS)
-    is_hollow = precision not in ("fp32", "tf32", "tf32x3")
+    is_hollow = precision not in ("fp32", "tf32", "tf32x3", "fp16x3")
     return Look(f"s{place}", CONTENDER_MARKS[place], PRECISION_DASHES.get(precision, "5 5"), is_hollow)
 
 
