@@ -125,7 +125,8 @@ def _numbers(launch: Launch) -> tuple[object, ...]:
 
 
 def on_device(launch: Launch, device: torch.device) -> Launch:
-    """The same launch with memory behind its meta tensors: small random values, permutations, counters at zero."""
+    """The same launch with memory behind its meta tensors: small random values, scales of one, permutations, counters
+    at zero."""
 
     def real(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
@@ -137,6 +138,8 @@ def on_device(launch: Launch, device: torch.device) -> Launch:
         if not isinstance(value, Tensor):
             return value
         memory = _memory(value, device)
+        if name.endswith("scale_ptr"):
+            memory.fill_(1.0)
         if "index" in name:
             halves = launch.constexprs.get("PASSIVE", 0), launch.constexprs.get("ACTIVE", 0)
             memory.copy_(_permutations(value, halves if value.dim() == 3 else (value.numel(), 0)).view_as(memory))

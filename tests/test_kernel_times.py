@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,7 +100,9 @@ def test_a_compilation_that_hangs_or_fails_costs_no_other(
 
 def launches() -> list[Launch]:
     narrow = Headline("resnet18", 0, 64, "hard", "bf16", 256, 1)
-    return [*LINE.launches(Chip()), *narrow.launches(Chip()), *tail_launches(batches=(1,))]
+    scaled = replace(LINE, precision="fp16x3")
+    everything = [launch for line in (LINE, scaled, narrow) for launch in line.launches(Chip())]
+    return [*everything, *tail_launches(batches=(1,))]
 
 
 @pytest.mark.parametrize("name", ["linear_kernel", "coupling_kernel", "whole_flow_kernel"])
@@ -148,6 +151,8 @@ def test_launches_get_memory_of_their_own_and_indices_that_are_permutations() ->
             for part, meta in zip(_tensors(value), _tensors(launch.args[name]), strict=True):
                 assert part.device == CPU
                 assert (part.shape, part.stride()) == (meta.shape, meta.stride())
+                if name.endswith("scale_ptr"):
+                    assert (part == 1).all(), "a power of two"
                 if "index" in name and part.dim() == 1:
                     assert part.unique().numel() == part.numel()
                 elif "index" in name:
