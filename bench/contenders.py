@@ -73,10 +73,10 @@ class Contender:
                 raise UnavailableError("not installed", f"pip install {package}")
         if precision != "fp32" and not self.reduced:
             raise UnavailableError("not available", "it runs in fp32 only")
-        own = self.name in OUR_OWN and self.name != PLAIN
-        if precision in IN_THREE and not own:
+        by_library = self.name in (PLAIN, FLOOR)
+        if precision in IN_THREE and (by_library or self.name not in OUR_OWN):
             raise UnavailableError("not available", "it does not multiply float32 in parts")
-        if precision == "fp16" and self.name == PLAIN:
+        if precision == "fp16" and by_library:
             raise UnavailableError("not available", "it has no scales, without which a state leaves the range of fp16")
         if precision not in device_precisions(device):
             raise UnavailableError("not available", f"this {device.type} does not multiply {precision}")

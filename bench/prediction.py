@@ -271,12 +271,22 @@ def _streaming(launch: Launch, card: Card, cold: bool) -> Work:
     return Work(0.0, 0.0, units, steps=1, step_bytes=0.0, repeats=1, unit_bytes=moved / units, memory_bytes=memory)
 
 
+def _scaling(launch: Launch, card: Card, cold: bool) -> Work:
+    """Of what is read by index only that."""
+    args = launch.args
+    read = args["rows"] * args["x_features"] * args["x_ptr"].element_size()
+    moved = read + sum(_bytes(value) for name, value in args.items() if name != "x_ptr")
+    units = math.prod(launch.grid)
+    memory = moved if moved > card.l2_bytes else 0.0
+    return Work(0.0, 0.0, units, steps=1, step_bytes=0.0, repeats=1, unit_bytes=moved / units, memory_bytes=memory)
+
+
 _COUNTED = {
     "linear_kernel": _linear,
     "coupling_kernel": _coupling,
     "whole_flow_kernel": _whole_flow,
     "packing_kernel": _streaming,
-    "scaling_kernel": _streaming,
+    "scaling_kernel": _scaling,
     "reduction_kernel": _streaming,
     "tail_kernel": _streaming,
 }

@@ -41,8 +41,8 @@ class CFlowAD(nn.Module):
         image_size: (H, W) or a number; every image is resized to it, whatever its shape, before it is encoded.
         precision: of the folded decoders that predictions are made with; "auto" is settled when the model is
             calibrated, so that its thresholds and its scores belong together.
-        encoder_precision: "fp32", "bf16", "fp16" (fp32 on a CPU) or "auto" (bf16 on a GPU, fp32 on a CPU), settled at
-            the same time.
+        encoder_precision: "fp32", "bf16", "fp16" (on a GPU; features over 65,504 become infinite) or "auto" (bf16 on a
+            GPU, fp32 on a CPU), settled at the same time.
 
     `model(images)` gives anomaly maps, `predict` everything about an image. Before a prediction a model is trained
     and calibrated (`cflow_fast.Fit` does both); `save` stores it all.

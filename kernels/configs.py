@@ -200,12 +200,13 @@ _TILES: dict[tuple[str, bool], list[Tile]] = {
         *((64, 32, 128, 4, 4), (64, 16, 128, 4, 4)),
     ],
     ("fp16", False): [(128, 128, 32, 8, 3), (64, 64, 64, 4, 3)],
-    ("fp16x3", True): [(128, 128, 64, 8, 3), (128, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 32, 64, 4, 4)],
+    ("fp16x3", True): [(128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (64, 32, 32, 4, 6)],
     ("fp16x3", False): [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("ieee", True): [(128, 128, 16, 8, 2), (64, 64, 16, 4, 3)],
     ("ieee", False): [(128, 128, 16, 8, 2), (64, 64, 16, 4, 3)],
 }
-"""From large to small, by precision and by whether a program may take over 200 KiB, as on the cards with wgmma."""
+"""From large to small, by precision and by whether a program may take over 200 KiB, as on the cards with wgmma. Where
+sums are added up part by part, a step is 32 inputs: `phase_weights.CUT_OFF` is what such a part loses."""
 
 MAX_SPLITS = 4
 """Sums of more splits cost more traffic than they save time."""
@@ -395,7 +396,7 @@ _MORE_TILES: dict[tuple[str, bool], list[Tile]] = {
     ("tf32", True): [(128, 64, 32, 4, 4), (64, 128, 32, 4, 4)],
     ("tf32x3", True): [(128, 64, 32, 4, 3), (64, 128, 32, 4, 3)],
     ("fp16", True): [(64, 256, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 128, 4, 3)],
-    ("fp16x3", True): [(128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 6)],
+    ("fp16x3", True): [(128, 128, 32, 8, 5), (64, 128, 32, 4, 4), (64, 64, 32, 4, 6), (64, 32, 32, 4, 8)],
     ("ieee", True): [(128, 64, 16, 8, 3)],
 }
 """Beside _TILES: what no rule takes."""

@@ -42,6 +42,7 @@ class Bounds:
         |hidden| <= hidden max |x1| + condition max |c| + offset    (K,)
         |v| + |w| <= passive max |x1| + active max |y2| + mixed     (R,) of R rotations
     A positional encoding is between -1 and 1 and part of `positional`, which takes the place of offset.
+    Numbers lie 16 bytes apart: of a pointer that is aligned and one that is not Triton makes two kernels.
     """
 
     hidden: Tensor
@@ -55,7 +56,7 @@ class Bounds:
     @classmethod
     def of(cls, weights: FlowWeights) -> Bounds:
         mixing = weights.mixing
-        nothing = weights.b1.new_zeros(weights.blocks, 1, dtype=torch.float32)
+        nothing = weights.b1.new_zeros(weights.blocks, 1, 1, dtype=torch.float32)
         condition = _largest_sums(nothing if weights.w1_condition is None else weights.w1_condition)
         offset = _largest_sums(weights.b1.unsqueeze(-1)) + SOFTPLUS_AT_MOST
         rotations = (nothing[:0],) * 4
@@ -63,7 +64,8 @@ class Bounds:
             offsets = mixing.passive_offset.unsqueeze(-1), mixing.active_offset.unsqueeze(-1)
             rotations = mixing.passive, mixing.active, *offsets
         passive, active, v, w = map(_largest_sums, rotations)
-        return cls(_largest_sums(weights.w1), condition, offset, offset + condition, passive, active, v + w)
+        numbers = _largest_sums(weights.w1), condition, offset, offset + condition, passive, active, v + w
+        return cls(*(torch.stack([x] * 4, 1)[:, 0] for x in numbers))
 
 
 def _largest_sums(matrices: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class PhaseWeights:
         if is_scaled(precision):
             scale, bounds = _matrices_scale(weights), Bounds.of(weights)
         if in_two_parts(precision):
-            operands = _Operands(precision, low=True, cut_off=cut_off_by(weights.device), scale=scale)
+            operands = _Operands(precision, low=True, cut_off=cut_off_by(weights.device, precision), scale=scale)
             low = cls._prepare(weights, operands)
         return replace(cls._prepare(weights, _Operands(precision, scale=scale)), low=low, scale=scale, bounds=bounds)
 
@@ -166,19 +168,19 @@ def is_joined(precision: str) -> bool:
     return how_mixed(precision) is None
 
 
-CUT_OFF = 1.2e-7
-"""Share of a sum that Hopper's matrix units cut off while they add up a part of one (`lang`), four instructions in
-turn: each drops what no longer fits 24 bits. Counted from that alone it is 1.0e-7; what soft permutations lost on an
-H100 in tf32x3, by instructions of eight inputs, with parts of 32 inputs and of 16, was 1.2 times what so is emulated.
-On that card it took their error from 2.5e-6 to 1.0e-6 (RMS, WideResNet-50's decoders in bench/results); emulated, less
-is left. Of fp16x3, whose four instructions have sixteen inputs, it is expected, not measured."""
+CUT_OFF = {"tf32x3": 1.2e-7, "fp16x3": 7.5e-8}
+"""Share of a sum that Hopper's matrix units cut off while they add up a part of one (`lang`), 32 inputs by instructions
+of eight in tf32 and of sixteen in fp16: each drops what no longer fits 24 bits. Counted from that alone it is 1.0e-7
+and 6.3e-8; what soft permutations lost on an H100 in tf32x3 was 1.2 times as much as so emulated, which is expected of
+fp16x3 too, but was not measured. On that card it took tf32x3's error from 2.5e-6 to 1.0e-6 (RMS, WideResNet-50's
+decoders in bench/results); emulated, less is left."""
 
 
-def cut_off_by(device: torch.device) -> float:
+def cut_off_by(device: torch.device, precision: str) -> float:
     """The share that weights in two parts make up for: known of one generation of cards, none where all is exact."""
     if device.type != "cuda" or triton.knobs.runtime.interpret:
         return 0.0
-    return CUT_OFF if torch.cuda.get_device_capability(device)[0] == 9 else 0.0
+    return CUT_OFF[precision] if torch.cuda.get_device_capability(device)[0] == 9 else 0.0
 
 
 class _Operands:

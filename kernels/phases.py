@@ -67,8 +67,10 @@ class Phases:
         self.packed = False
         self.factors = None
         if is_scaled(prepared.precision):
-            widest = max(half if prepared.hard else 2 * half, _condition_width(prepared))
-            self.factors = Factors(rows, self.padded_rows, widest, prepared.device)
+            matrices = prepared.soft.matrices if prepared.soft else 0
+            widest = max(2 * half if matrices else half, _condition_width(prepared))
+            in_two = in_two_parts(prepared.precision) or not prepared.hard
+            self.factors = Factors(rows, self.padded_rows, widest, in_two, prepared.device)
         self.bias: HiddenBias = None
         self.hidden = self._hidden_rows(hidden)
         self.sums = self.empty(

@@ -26,6 +26,9 @@ from cflow_fast.kernels.launch import Launch, cdiv
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import row_offsets, wait_for_earlier
 
+LARGEST = tl.constexpr(3e38)
+"""As much as a bound is: what does not fit float32 makes infinities of its own."""
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -45,9 +48,10 @@ class Bound:
 class Factors:
     """Memory for factors of a chunk of rows, most of them one after another in the same place."""
 
-    def __init__(self, count: int, padded_rows: int, width: int, device: torch.device) -> None:
+    def __init__(self, count: int, padded_rows: int, width: int, in_two: bool, device: torch.device) -> None:
+        """in_two: whether any of them is taken as two operands."""
         self.count, self.padded_rows, self.device = count, padded_rows, device
-        self._parts = self._memory(width), self._memory(width)
+        self._parts = self._memory(width), self._memory(width if in_two else 0)
         self._scale = self.scales()
         self.hidden_scale, self.condition_scale = self.scales(), self.scales()
 
@@ -68,6 +72,7 @@ class Factors:
         shape = self.padded_rows, width
         large, low = (part[: self.padded_rows * width].view(shape) if part.numel() else None for part in parts)
         assert large is not None
+        assert low is not None or not in_two
         return Rows(large, self.count, width, width, 1, low=low if in_two else None, scale=scale)
 
 
@@ -181,14 +186,21 @@ def scaling_kernel(
         for start in range(0, y_features, BLOCK_FEATURES):
             other = _load(other_ptr, None, y_row, row < rows, start + step, y_features, 1)
             largest = tl.maximum(largest, tl.max(tl.abs(other), 1))
-        bound = tl.load(gain_ptr) * (32768.0 * scale) + tl.load(offset_ptr)
-        scale = _scale(bound + tl.load(other_gain_ptr) * (largest * tl.load(other_scale_ptr + row)))
+        bound = _reach(gain_ptr, scale) + tl.load(offset_ptr)
+        bound += tl.load(other_gain_ptr) * tl.load(other_scale_ptr + row) * largest
+        scale = _scale(tl.minimum(bound, LARGEST))
         tl.store(mixed_ptr + row, scale)
     if hidden_ptr is not None:
-        bound = tl.load(hidden_gain_ptr) * (32768.0 * scale) + tl.load(hidden_offset_ptr)
+        bound = _reach(hidden_gain_ptr, scale) + tl.load(hidden_offset_ptr)
         if condition_scale_ptr is not None:
-            bound += tl.load(condition_gain_ptr) * (32768.0 * tl.load(condition_scale_ptr + row))
-        tl.store(hidden_ptr + row, _scale(bound))
+            bound += _reach(condition_gain_ptr, tl.load(condition_scale_ptr + row))
+        tl.store(hidden_ptr + row, _scale(tl.minimum(bound, LARGEST)))
+
+
+@triton.jit
+def _reach(gain_ptr, scale):
+    """What is made of a row with that scale is at most; infinite beyond float32."""
+    return tl.load(gain_ptr) * scale * 32768.0
 
 
 @triton.jit
@@ -204,7 +216,7 @@ def _load(x_ptr, index_ptr, x_row, row_valid, column, features, feature_stride):
 def _scale(largest):
     """The power of two by which a row of such a largest number comes to lie under 2^15; 1 where it is not finite.
 
-    None under 2^-74: what is that small is as good as 0, and the products of scales stay far from the ends of fp32.
+    None under 2^-74: what is that small is as good as 0, and a scale times that of usual weights is no subnormal.
     """
     exponent = largest.to(tl.int32, bitcast=True) >> 23
     exponent = tl.where(exponent == 255, 127, tl.maximum(exponent, 67) - 14)

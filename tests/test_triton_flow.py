@@ -203,6 +203,18 @@ def test_features_of_any_size_lose_no_more_digits_as_scaled_operands(factor: flo
     assert errors["fp16x3"] <= 1.5 * errors["tf32x3"] + 1e-7
 
 
+@each_mixing
+@pytest.mark.parametrize("precision", ["fp16", "fp16x3"])
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_features_beyond_what_squares_hold_are_minus_infinite_as_in_fp32(precision: str, mixing: str) -> None:
+    flows = Flows(mixing, precision, 64, coupling_blocks=2)
+    exact = Flows(mixing, "ieee", 64, coupling_blocks=2)
+    for factor in (1e34, 1e36, 1e37):
+        torch.manual_seed(0)
+        maps = factor * flows.maps(1, 2, 3)
+        assert torch.equal(flows.log_prob(maps), exact.log_prob(maps)), "-inf"
+
+
 def test_conditions_of_any_size_fit_scaled_operands() -> None:
     errors = {}
     for precision in ("fp16x3", "tf32x3"):
