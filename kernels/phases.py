@@ -5,6 +5,7 @@
     B  kernels/coupling.py   y2, sums of j
     C  kernels/linear.py     soft permutations: x' by one product, or by a rotation's two; hard ones have none
        kernels/scaling.py    before A and C, where operands are scaled: their factor, laid down as such
+       kernels/packing.py    before A, where x1 is read faster row by row than a hard permutation leaves it
 and one reduction. Features that are operands already are read where they lie; what lies between the blocks is
 `state`'s.
 """
@@ -27,6 +28,7 @@ from cflow_fast.kernels.configs import (
     how_taken,
     in_two_parts,
     is_scaled,
+    lays_down,
     select_scaling,
 )
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
@@ -71,6 +73,9 @@ class Phases:
             widest = max(2 * half if matrices else half, _condition_width(prepared))
             in_two = in_two_parts(prepared.precision) or not prepared.hard
             self.factors = Factors(rows, self.padded_rows, widest, in_two, prepared.device)
+        self.x1 = None
+        if prepared.hard and lays_down(prepared.precision, rows, half):
+            self.x1 = Rows(self.empty(self.padded_rows, half), rows, half, half, 1)
         self.bias: HiddenBias = None
         self.hidden = self._hidden_rows(hidden)
         self.sums = self.empty(
@@ -115,7 +120,7 @@ class Phases:
     def packs(self, features: Rows) -> bool:
         """Whether the first block takes the features from where they were packed, not from where they lie."""
         precision, hard = self.prepared.precision, bool(self.prepared.hard)
-        if self.factors is not None:  # what products take is laid down anyhow
+        if self.factors is not None or self.x1 is not None:  # what products take is laid down anyhow
             return False
         nothing_to_round = precision == "ieee" and features.tensor.dtype == torch.float32
         as_kept = nothing_to_round or self._taken(features) == how_taken(precision, exact=not hard)
@@ -174,10 +179,6 @@ class Phases:
         w = self.prepared
         hidden = self.hidden
         takes = self._taken(x1)
-        outputs = w.hidden + w.half if beyond and self.joined else w.hidden
-        config = self._config(w.half, outputs, takes)
-        if beyond and self.joined and beyond.squares is not None:
-            config = self.makes_v  # whose tiles the sums are laid out for
         added = None
         if isinstance(bias, Tensor):
             assert w.w1_condition is not None
@@ -192,6 +193,14 @@ class Phases:
             place = self.state.factor() or self.factors.place(w.half, in_two_parts(w.precision))
             yield self.scaled(x1, place, hidden=self.hidden_bound(block))
             x1 = place
+        if self.x1 is not None and (x1.index is not None or takes == "rounded"):
+            rounded, early = not in_two_parts(w.precision), self._is_early()
+            yield packing_launch(x1, None, self.x1, None, PackingConfig(), w.precision, rounded, early)
+            x1, takes = self.x1, "operand" if rounded else takes
+        outputs = w.hidden + w.half if beyond and self.joined else w.hidden
+        config = self._config(w.half, outputs, takes)
+        if beyond and self.joined and beyond.squares is not None:
+            config = self.makes_v  # whose tiles the sums are laid out for
         yield self._linear(
             x1,
             w.w1[block],

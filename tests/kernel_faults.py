@@ -134,18 +134,24 @@ PHASES = [
     Fault(
         "packed features' tail mask dropped",
         "packing",
-        "valid = row_valid[:, None] & (column < features)[None, :]",
-        "valid = row_valid[:, None] & (column >= 0)[None, :]",
+        "mask = row_valid[:, None] & valid[None, :]",
+        "mask = row_valid[:, None] & (column >= 0)[None, :]",
         "phases, soft",
     ),
     Fault(
         "packed rows' tail mask dropped",
         "packing",
-        "valid = row_valid[:, None] & (column < features)[None, :]",
-        "valid = (row_valid | True)[:, None] & (column < features)[None, :]",
+        "mask = row_valid[:, None] & valid[None, :]",
+        "mask = (row_valid | True)[:, None] & valid[None, :]",
         "phases, soft",
     ),
-    Fault("one packed half for the other", "packing", "_load(x2_ptr, x_row", "_load(x1_ptr, x_row", "phases, soft"),
+    Fault(
+        "one packed half for the other",
+        "packing",
+        "_load(x2_ptr, None, x_row",
+        "_load(x1_ptr, None, x_row",
+        "phases, soft",
+    ),
     Fault(
         "stale first tile",
         "linear",
@@ -284,15 +290,15 @@ SCALED = [
     Fault(
         "bound on the hidden layer far too small",
         "scaling",
-        "bound = tl.load(hidden_gain_ptr) * (32768.0 * scale) + tl.load(hidden_offset_ptr)",
+        "bound = _reach(hidden_gain_ptr, scale) + tl.load(hidden_offset_ptr)",
         "bound = 1e-4 * scale + 1e-4 * tl.load(hidden_offset_ptr)",
         "phases, hard, fp16x3",
     ),
     Fault(
         "bound on a rotation far too small",
         "scaling",
-        "scale = _scale(bound + tl.load(other_gain_ptr) * (largest * tl.load(other_scale_ptr + row)))",
-        "scale = _scale(1e-4 * bound)",
+        "scale = _scale(tl.minimum(bound, LARGEST))\n",
+        "scale = _scale(1e-4 * bound)\n",
         "phases, soft, fp16x3",
     ),
     Fault(

@@ -67,6 +67,19 @@ def test_both_halves_of_a_row_major_state(
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_one_half_is_read_by_index_from_a_feature_major_state(precision: str) -> None:
+    state = torch.randn(41, PADDED_ROWS).to(operand_dtype(precision))
+    index = torch.cat([torch.randperm(41)[:21], torch.zeros(WIDTH - 21)]).int()
+    with guarded() as guard:
+        y1 = torch.empty(PADDED_ROWS, WIDTH, dtype=operand_dtype(precision))
+        x1 = Rows(state, 42, 21, 1, PADDED_ROWS, index=index)
+        packing_launch(x1, None, Rows(y1, 42, WIDTH, WIDTH, 1), None, CONFIG, precision, rounded=True).run()
+    guard.written_once(y1[:42])
+    assert torch.equal(y1[:42, :21], rounded(state.float(), precision)[index[:21].long(), :42].T)
+    assert not y1[:42, 21:].any()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_one_half_of_a_feature_major_state_by_index(precision: str) -> None:
     maps = torch.randn(2, 41, 3, 7)
     others = 1 + torch.randperm(40)
@@ -97,7 +110,6 @@ CASES = {
     "hard, as a bf16 encoder gives them": (False, "bf16", torch.bfloat16, torch.channels_last, False),
     "hard, bf16 feature by feature": (False, "bf16", torch.bfloat16, torch.contiguous_format, False),
     "hard, float32 beside bf16": (False, "bf16", torch.float32, torch.channels_last, True),
-    "hard, float32 beside tf32": (False, "tf32", torch.float32, torch.contiguous_format, True),
     "hard, float32 in parts": (False, "tf32x3", torch.float32, torch.contiguous_format, False),
     "hard, float32 as it is": (False, "ieee", torch.float32, torch.contiguous_format, False),
     "hard, bf16 beside float32": (False, "ieee", torch.bfloat16, torch.contiguous_format, True),
@@ -115,6 +127,29 @@ def test_only_features_that_are_not_taken_as_a_state_is_are_packed(case: str) ->
     assert names.index("linear_kernel") == packed
     outer = [launch.constexprs.get("OUTER", False) for launch in launches]
     assert sum(outer) == (not soft) if packed else outer[0]
+
+
+LAID_DOWN = {
+    "tf32": ("tf32", 512, 8, 8),
+    "one image in tf32": ("tf32", 2048, 1, 8),
+    "bf16, many wide rows": ("bf16", 2048, 32, 7),
+    "bf16, few wide rows": ("bf16", 2048, 1, 0),
+    "bf16, many narrow rows": ("bf16", 512, 32, 0),
+    "in parts": ("tf32x3", 2048, 32, 0),
+}
+
+
+@pytest.mark.parametrize("case", LAID_DOWN)
+def test_what_a_hard_permutation_leaves_is_laid_down_where_that_is_faster(case: str) -> None:
+    """Every block's x1, but the first one's where an encoder left operands."""
+    precision, features, images, count = LAID_DOWN[case]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    maps = torch.empty(images, features, 8, 8, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    launches = decoder_launches(specimen_weights(features, False, dtype), maps, precision, Chip())
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names.count("packing_kernel") == count
+    taken = [launch.args["index_ptr"] for launch in launches if launch.kernel.__name__ == "linear_kernel"]
+    assert sum(index is not None for index in taken) == (0 if count else 7)
 
 
 def test_loose_rows_in_float32_are_packed_beside_bf16() -> None:

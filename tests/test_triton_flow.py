@@ -187,6 +187,21 @@ def test_kernels_stay_in_bounds_and_depend_on_nothing_unwritten(precision: str, 
     assert all(tensor is not None and tensor.isfinite().all() for tensor in (log_prob, *result))
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "bf16"])
+def test_laying_a_half_down_row_by_row_changes_no_bit(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for lays_down in (False, True):
+        monkeypatch.setattr(phases, "lays_down", lambda *_, lays_down=lays_down: lays_down)
+        torch.manual_seed(0)
+        flows = Flows("hard", precision, 41)
+        maps, (z, c) = flows.maps(2, 5, 7), flows.rows(9)
+        with guarded() as guard:
+            results.append((flows.log_prob(maps), flows.triton.rows(z, c, want_u=True).u))
+        assert ("packing_kernel" in {launch.name for launch in guard.launches}) >= lays_down
+    for indexed, laid_down in zip(*results, strict=True):
+        assert torch.equal(indexed, laid_down)
+
+
 @each_mixing
 @pytest.mark.parametrize("factor", [1e-30, 1e-4, 1e4, 1e12])
 def test_features_of_any_size_lose_no_more_digits_as_scaled_operands(factor: float, mixing: str) -> None:
