@@ -7,17 +7,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from flows import rough_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_guards import guarded
 from torch import Tensor
 
+from cflow_fast.kernels.bounds import Bounds
 from cflow_fast.kernels.configs import CouplingConfig, LinearConfig, ScalingConfig, select_scaling
 from cflow_fast.kernels.coupling import Halves, Target, coupling_launch
 from cflow_fast.kernels.launch import Scratch
 from cflow_fast.kernels.linear import Beyond, Positions, Rotation, linear_launch
 from cflow_fast.kernels.rows import Rows, loose_rows, map_rows
 from cflow_fast.kernels.scaling import Bound, scaling_launch
+from cflow_fast.kernels.weights import SoftMixing
 
 CPU = torch.device("cpu")
 CONFIG = ScalingConfig(16, 64)
@@ -312,3 +315,29 @@ def test_coupling_layer_takes_scaled_operands(precision: str, split_k: int) -> N
     expected = before[:, OUTPUTS:] * j.exp() + t
     torch.testing.assert_close(state[:ROWS, OUTPUTS:].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log_det[:, :ROWS].sum(0).double(), j.sum(1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("condition", [0, 8])
+def test_bounds_are_what_the_worst_features_reach(condition: int) -> None:
+    """Signs of the weights of one hidden unit, or of one place of a rotation."""
+    weights = rough_decoder(41, condition, permute_soft=True, coupling_blocks=2).fold("fp32").weights
+    assert isinstance(weights.mixing, SoftMixing)
+    bounds = Bounds.of(weights)
+    for block in range(2):
+        w1, b1 = weights.w1[block], weights.b1[block]
+        reached = w1.abs().sum(1)
+        assert reached.max() <= bounds.hidden[block] <= 1.02 * reached.max()
+        worst = w1[reached.argmax()].sign()
+        largest = F.softplus(3 * w1 @ worst + b1).max()
+        if weights.w1_condition is not None:
+            largest = F.softplus(3 * w1 @ worst + weights.w1_condition[block].abs().sum(1) + b1).max()
+        assert largest <= 3 * bounds.hidden[block] + bounds.positional[block]
+        assert (bounds.condition[block] > 0) == bool(condition)
+    assert len(bounds.passive) == len(bounds.active) == len(bounds.mixed) == len(weights.mixing.cosine)
+    for rotation in range(len(bounds.passive)):
+        v, w = weights.mixing.passive[rotation], weights.mixing.active[rotation]
+        assert v.abs().sum(1).max() <= bounds.passive[rotation] <= 1.02 * v.abs().sum(1).max()
+        assert w.abs().sum(1).max() <= bounds.active[rotation] <= 1.02 * w.abs().sum(1).max()
+        offsets = weights.mixing.passive_offset[rotation], weights.mixing.active_offset[rotation]
+        assert bounds.mixed[rotation] >= sum(offset.abs().max() for offset in offsets)
+    assert all(number.stride(0) == 4 for number in vars(bounds).values())
