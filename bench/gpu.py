@@ -208,18 +208,19 @@ def _measured(
 
 
 def _table(results: Results) -> str:
-    lines = ["| case | contender | us | images/s | of the matrix rate | over the baseline | |", "|" + " --- |" * 7]
+    headings = "| case | contender | us | images/s | calls in a row | of the matrix rate | over the baseline | |"
+    lines = [headings, "|" + " --- |" * 8]
     for row in results.rows:
         who = f"{row.contender} {row.precision}"
         if row.seconds is None:
-            lines.append(f"| {row.case} | {who} | not measured | | | | {row.status}: {row.note} |")
+            lines.append(f"| {row.case} | {who} | not measured | | | | | {row.status}: {row.note} |")
             continue
         share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
         faster = "" if row.speedup is None else f"{row.speedup.median:.2f}x {row.speedup.against}"
         rate = "" if row.images_per_second is None else f"{row.images_per_second:.0f}"
-        lines.append(
-            f"| {row.case} | {who} | {1e6 * row.seconds.median:.0f} | {rate} | {share} | {faster} | {row.status} |"
-        )
+        in_a_row = row.number("queued_images_per_second")
+        cells = [row.case, who, f"{1e6 * row.seconds.median:.0f}", rate, "" if in_a_row is None else f"{in_a_row:.0f}"]
+        lines.append(f"| {' | '.join([*cells, share, faster, row.status])} |")
     return "\n".join(lines)
 
 

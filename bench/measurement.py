@@ -197,6 +197,28 @@ def working_memory(run: Run, device: torch.device) -> int | None:
         return None
 
 
+def queued_seconds(run: Run, device: torch.device, seconds: float) -> float | None:
+    """Seconds that a call takes among calls that are queued one after another, the least of a few rows of them.
+
+    A GPU then works on one while the next is launched, as with batch upon batch. None on a CPU, where a call that
+    returned is done. seconds: what one takes by itself.
+    """
+    if device.type != "cuda":
+        return None
+    calls = min(MOST_QUEUED, max(FEWEST_QUEUED, math.ceil(QUEUED_SECONDS / seconds)))
+
+    def queue() -> None:
+        for _ in range(calls):
+            run()
+
+    seconds_of = clock(device)
+    return min(seconds_of(queue) for _ in range(3)) / calls
+
+
+QUEUED_SECONDS, FEWEST_QUEUED, MOST_QUEUED = 0.05, 5, 50
+"""How long calls are queued for, and how many."""
+
+
 def graph_memory(device: torch.device) -> int:
     """Bytes that captured CUDA graphs hold for what lies between their inputs and outputs; 0 on a CPU."""
     if device.type != "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from cflow_fast.bench.measurement import (
     Track,
     clock,
     graph_memory,
+    queued_seconds,
     ratio_of,
     summarize,
     take_turns,
@@ -60,6 +62,7 @@ class _Runner:
     prepare_seconds: float = 0.0
     captured: int = 0  # bytes that its graphs hold
     memory: int | None = None
+    queued: float | None = None  # seconds of a call among others in a queue
     status: str = "ok"
     note: str = ""
 
@@ -103,7 +106,7 @@ def measure_case(
         interrupted = interruption
     if interrupted is None:
         for runner in everyone:
-            _measure_memory(runner, case.device)
+            _measure_memory_and_queue(runner, case.device)
     for runner in runners:
         if interrupted is None or runner.is_timed:
             yield _row(case, runner, everyone, reference)
@@ -160,12 +163,14 @@ def _time_all(
             runner.fail(runner.track.error)
 
 
-def _measure_memory(runner: _Runner, device: torch.device) -> None:
+def _measure_memory_and_queue(runner: _Runner, device: torch.device) -> None:
     if runner.built is None or not runner.is_timed:
         return
+    assert runner.track is not None
     try:
         memory = working_memory(runner.built.run, device)
         runner.memory = None if memory is None else memory + runner.captured
+        runner.queued = queued_seconds(runner.built.run, device, statistics.median(runner.track.seconds))
     except Exception as error:  # as above
         runner.fail(error)
 
@@ -203,6 +208,9 @@ def _row(
         model_bytes=runner.built.model_bytes,
         extra={"prepare_seconds": runner.prepare_seconds} | case.extra(seconds.median),
     )
+    if runner.queued is not None and case.images is not None:
+        queued = {"queued_seconds": runner.queued, "queued_images_per_second": case.images / runner.queued}
+        row = replace(row, extra=row.extra | queued)
     if judgement is not None:
         row = replace(
             row,

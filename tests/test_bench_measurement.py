@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cflow_fast.bench import measurement
 from cflow_fast.bench.measurement import (
     FEWEST_ROUNDS,
     Effort,
@@ -137,6 +138,23 @@ def test_clock_and_matrix_rate_measure_this_machine() -> None:
     assert 0 < clock(CPU)(lambda: None) < 1
     assert matrix_rate("fp32", CPU, rounds=1) > 1e8
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-4, 50), (2e-3, 25), (1.0, 5)])
+def test_calls_in_a_queue_are_timed_together_on_a_gpu(
+    seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least of three queues, a call's share of it."""
+    taken = iter([0.7, 0.5, 0.6])
+    made: list[int] = []
+    monkeypatch.setattr(measurement, "clock", lambda device: lambda run: (run(), next(taken))[1])
+    found = measurement.queued_seconds(lambda: made.append(1), torch.device("cuda"), seconds)
+    assert len(made) == 3 * calls
+    assert found == pytest.approx(0.5 / calls)
+
+
+def test_a_cpu_has_no_queue() -> None:
+    assert measurement.queued_seconds(lambda: pytest.fail("it is called"), CPU, 1.0) is None
 
 
 def test_working_memory_is_what_a_call_needs_at_its_peak() -> None:

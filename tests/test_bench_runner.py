@@ -58,6 +58,15 @@ def test_what_a_graph_holds_belongs_to_the_memory_of_a_call(monkeypatch: pytest.
     assert (captured.peak_memory_bytes, eager.peak_memory_bytes) == (4096 + 24, 24)
 
 
+def test_calls_in_a_row_have_a_rate_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cflow_fast.bench.runner.queued_seconds", lambda run, device, seconds: seconds / 2)
+    (row,) = measure_case(CASE, [MINE], None, QUICK)
+    assert row.seconds is not None
+    assert row.images_per_second is not None
+    assert row.number("queued_seconds") == pytest.approx(row.seconds.median / 2)
+    assert row.number("queued_images_per_second") == pytest.approx(2 * row.images_per_second)
+
+
 def test_share_is_of_the_best_matrix_rate_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate that other work disturbed is mended by a later one, for rows that are there already too."""
     rates = iter([1e12, 4e12, 2e12])
