@@ -156,9 +156,10 @@ def in_two_parts(precision: str) -> bool:
 def lays_down(precision: str, rows: int, half: int) -> bool:
     """Whether hard permutations lay x1 down row by row, in a launch of its own, for the product that takes it.
 
-    Read by index, where features lie one after another, it takes matrix units of tf32, which have factors row by row
-    alone, 2 to 8 times as long: 127 to 156 us instead of some 70 for 32 images of WideResNet-50 on an H200. bf16 takes
-    longer by 6, 4.5 and 7.4 us at D = 512, 1024 and 2048 there, a launch of its own for so many rows about 9, 4 and 3.
+    Matrix units take factors of tf32 row by row alone. Read by index, where features lie one after another, such a
+    product took 1.3 to 4.3 times as long on an H200 as the same one of rows (bench/results/nvidia-h200, WideResNet-50).
+    In bf16, with 32 images at D = 512, 1024 and 2048, it took longer by 6, 4.5 and 7.4 us; a launch that lays x1 down
+    is expected to take about 9, 4 and 3.
     """
     return precision == "tf32" or (precision == "bf16" and half >= 1024 and rows >= 1024)
 
