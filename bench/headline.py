@@ -13,9 +13,9 @@ from cflow_fast.bench.cases import BATCHES, ENCODERS, SIZES
 from cflow_fast.bench.specimens import META, specimen_weights
 from cflow_fast.kernels.anomaly_tail import plan_tail
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import in_one_kernel
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.operands import in_one_kernel
 from cflow_fast.kernels.phase_weights import PhaseWeights
 from cflow_fast.kernels.phases import Phases
 from cflow_fast.kernels.pointwise import coupled_launch, rotated_launch

@@ -264,29 +264,27 @@ def _whole_flow(launch: Launch, card: Card, cold: bool) -> Work:
 
 
 def _streaming(launch: Launch, card: Card, cold: bool) -> Work:
-    """No products: every argument is read or written once."""
-    moved = sum(_bytes(value) for value in launch.args.values())
-    units = math.prod(launch.grid)
-    memory = moved if moved > card.l2_bytes else 0.0
-    return Work(0.0, 0.0, units, steps=1, step_bytes=0.0, repeats=1, unit_bytes=moved / units, memory_bytes=memory)
-
-
-def _scaling(launch: Launch, card: Card, cold: bool) -> Work:
-    """Of what is read by index only that."""
+    """No products: every argument is read or written once, and of what has an index only that."""
     args = launch.args
-    read = args["rows"] * args["x_features"] * args["x_ptr"].element_size()
-    moved = read + sum(_bytes(value) for name, value in args.items() if name != "x_ptr")
+    moved = sum(map(_bytes, args.values()))
+    for x, index in INDEXED:
+        if args.get(f"{index}_ptr") is not None:
+            source = args[f"{x}_ptr"]
+            moved += args["rows"] * args[f"{x}_features"] * source.element_size() - _bytes(source)
     units = math.prod(launch.grid)
     memory = moved if moved > card.l2_bytes else 0.0
     return Work(0.0, 0.0, units, steps=1, step_bytes=0.0, repeats=1, unit_bytes=moved / units, memory_bytes=memory)
 
+
+INDEXED = (("x", "index"), ("x1", "x1_index"), ("y1", "y1_index"))
+"""What kernels without products read or write by index, and its index."""
 
 _COUNTED = {
     "linear_kernel": _linear,
     "coupling_kernel": _coupling,
     "whole_flow_kernel": _whole_flow,
     "packing_kernel": _streaming,
-    "scaling_kernel": _scaling,
+    "scaling_kernel": _streaming,
     "reduction_kernel": _streaming,
     "tail_kernel": _streaming,
 }

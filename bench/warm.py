@@ -117,7 +117,7 @@ def compile_candidates(wanted: Sequence[Target], chip: Chip, share: int, of: int
         seen.add(key)
 
 
-def _binary_key(launch: Launch) -> object:
+def _binary_key(launch: Launch) -> tuple[object, ...]:
     """Launches with one key are one binary: Triton specialises on dtypes, on 1, on what 16 divides, on the width."""
 
     def kind(value: Any) -> object:

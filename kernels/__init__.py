@@ -22,6 +22,7 @@ Where to read on:
     anomaly_map, anomaly_tail exp, upsample, sum over scales, score: in PyTorch, in one launch
     pointwise     what the plain path fuses between its products on a GPU
     configs       every tile shape, and how one is chosen; lang: what kernels are written in; chip: the card
+    operands      what a precision makes operands of, and how products take them
     tuning        tables before rules (tuning_table: as a file); tuned_flow: Triton or the plain path
     registration  the operations as PyTorch knows them; capture: streams and CUDA graphs; table_cache: tables by size
 A module here knows tensors, shapes and strides; nothing of encoders, modules or files, but for the tables.

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.launch import cdiv, power_of_two
-from cflow_fast.kernels.rows import Rows
+from cflow_fast.kernels.launch import cdiv, early_option, power_of_two
 
 TAIL_WARPS = 4 * 132
 """Warps that a card of Hopper's size needs before any of them is worth making longer."""
@@ -81,7 +78,7 @@ class ProductConfig:
 
     def options(self, early: bool = False) -> dict[str, int | bool]:
         options: dict[str, int | bool] = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        return options | {"launch_pdl": True} if early else options
+        return options | early_option(early)
 
 
 class LinearConfig(ProductConfig):
@@ -138,21 +135,6 @@ def select_scaling(width: int) -> ScalingConfig:
     return ScalingConfig(8192 // block_features, block_features)
 
 
-def is_scaled(precision: str) -> bool:
-    """Whether operands are of fp16, which row by row are divided by a power of two."""
-    return precision in ("fp16", "fp16x3")
-
-
-def in_one_kernel(precision: str) -> str:
-    """What a decoder that runs whole in one kernel multiplies in: tf32 has the digits of fp16 and needs no scale."""
-    return "tf32" if precision == "fp16" else precision
-
-
-def in_two_parts(precision: str) -> bool:
-    """Whether every factor is taken as two operands."""
-    return precision in ("tf32x3", "fp16x3")
-
-
 def lays_down(precision: str, rows: int, half: int) -> bool:
     """Whether hard permutations lay x1 down row by row, in a launch of its own, for the product that takes it.
 
@@ -162,35 +144,6 @@ def lays_down(precision: str, rows: int, half: int) -> bool:
     is expected to take about 9, 4 and 3.
     """
     return precision == "tf32" or (precision == "bf16" and half >= 1024 and rows >= 1024)
-
-
-TAKES = ("operand", "rounded", "split", "parts")
-"""How a product takes a factor: it is an operand already; it is rounded to one; as two operands, the second one what
-rounding to the first left: made as it is loaded, or lying there."""
-
-
-def how_taken(precision: str, x: Rows | None = None, exact: bool = False) -> str:
-    """x: what is multiplied, unless it is an operand that a kernel left; exact: a float32 state beside tf32 ones."""
-    if in_two_parts(precision):
-        return "parts" if is_scaled(precision) else "split"
-    if is_scaled(precision):
-        return "operand"
-    if x is not None and x.outer:
-        return "operand" if precision == "bf16" and x.tensor.dtype == torch.bfloat16 else "rounded"
-    return "rounded" if exact and precision == "tf32" else "operand"
-
-
-def adds_in_parts(precision: str, takes: str) -> bool:
-    """Whether a product's sums are added up part by part (see `lang`): then there is a second tile beside them."""
-    if is_scaled(precision):
-        return in_two_parts(precision)
-    return precision != "ieee" and takes != "operand"
-
-
-def how_mixed(precision: str) -> str | None:
-    """How a permutation's product takes its factor where that is not how every product does: in two parts, since beside
-    eleven digits of everything else nothing shows in a likelihood as a state's rounding does."""
-    return {"tf32": "split", "fp16": "parts"}.get(precision)
 
 
 Tile = tuple[int, int, int, int, int]

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import CouplingConfig, adds_in_parts, how_taken, in_two_parts
+from cflow_fast.kernels.configs import CouplingConfig
 from cflow_fast.kernels.lang import INTERPRET, add_product, operand, power_reciprocal, taken, tanh
 from cflow_fast.kernels.launch import Launch, Scratch, cdiv
+from cflow_fast.kernels.operands import adds_in_parts, how_taken, in_two_parts
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
     arrives_last,

@@ -71,7 +71,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def taken(x, TAKES: tl.constexpr, PRECISION: tl.constexpr):
-    """x as a product takes it, by one of configs.TAKES but "parts": the operand, and what is left where it is split."""
+    """x as a product takes it, by operands.TAKES but for "parts": the operand, and what is left where it is split."""
     if TAKES == "operand":
         return x, x
     elif TAKES == "rounded":

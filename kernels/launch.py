@@ -23,6 +23,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def early_option(early: bool) -> dict[str, bool]:
+    """Of a launch that begins before the one that it waits for has ended, see `tiles`."""
+    return {"launch_pdl": True} if early else {}
+
+
 @dataclass(frozen=True)
 class Launch:
     """kernel[grid](**args, **constexprs, **options)."""

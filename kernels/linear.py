@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cflow_fast.kernels.configs import LinearConfig, adds_in_parts, how_taken, in_two_parts
+from cflow_fast.kernels.configs import LinearConfig
 from cflow_fast.kernels.lang import activate, activated_operand, add_product, operand, power_reciprocal, taken
 from cflow_fast.kernels.launch import Launch, Scratch, cdiv
+from cflow_fast.kernels.operands import adds_in_parts, how_taken, in_two_parts
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import (
     arrives_last,
@@ -94,7 +95,7 @@ def linear_launch(
     bias: float32 (outputs,), or two tables by position. added: (padded N, y's outputs) what every row adds; y itself
     may be it.
     rounded: y is stored as an operand, otherwise as the float32 that it was summed in.
-    takes: how x is taken, see `configs.TAKES`; None: as it has to be. low: what rounding left of weight, where factors
+    takes: how x is taken, see `operands.TAKES`; None: as it has to be. low: what rounding left of weight, where factors
     are taken in two parts. weight_scale: () float32, what scaled weights were divided by.
     y_low, y_scale: where y is stored as scaled operands, and what a rotation makes with it, its second part, if it has
     one, and the scale of both (padded N,).

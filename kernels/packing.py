@@ -14,7 +14,7 @@ import triton.language as tl
 
 from cflow_fast.kernels.configs import PackingConfig
 from cflow_fast.kernels.lang import operand
-from cflow_fast.kernels.launch import Launch, cdiv
+from cflow_fast.kernels.launch import Launch, cdiv, early_option
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import row_offsets, wait_for_earlier
 
@@ -62,7 +62,7 @@ def packing_launch(
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_FEATURES": config.block_features,
     }
-    options = {"num_warps": config.warps, "enable_fp_fusion": True} | ({"launch_pdl": True} if early else {})
+    options = {"num_warps": config.warps, "enable_fp_fusion": True} | early_option(early)
     return Launch(packing_kernel, (row_tiles, tiles), args, constexprs, options)
 
 

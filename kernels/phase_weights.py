@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from cflow_fast.kernels.bounds import Bounds
-from cflow_fast.kernels.configs import how_mixed, in_two_parts, is_scaled
 from cflow_fast.kernels.linear import Positions
+from cflow_fast.kernels.operands import how_mixed, in_two_parts, is_scaled
 from cflow_fast.kernels.torch_flow import PositionalTables
 from cflow_fast.kernels.weights import FlowWeights, HardMixing, SoftMixing, round_to_tf32
 

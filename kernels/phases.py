@@ -22,18 +22,14 @@ from cflow_fast.kernels.configs import (
     LinearConfig,
     PackingConfig,
     ReductionConfig,
-    adds_in_parts,
     begins_early,
-    how_mixed,
-    how_taken,
-    in_two_parts,
-    is_scaled,
     lays_down,
     select_scaling,
 )
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
 from cflow_fast.kernels.launch import Launch, Scratch, cdiv
 from cflow_fast.kernels.linear import Beyond, Positions, linear_launch
+from cflow_fast.kernels.operands import adds_in_parts, how_mixed, how_taken, in_two_parts, is_scaled
 from cflow_fast.kernels.packing import packing_launch
 from cflow_fast.kernels.phase_weights import PhaseWeights, is_joined, sums_dtype
 from cflow_fast.kernels.reduction import reduction_launch

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cflow_fast.kernels.configs import ReductionConfig
-from cflow_fast.kernels.launch import Launch, cdiv
+from cflow_fast.kernels.launch import Launch, cdiv, early_option
 from cflow_fast.kernels.tiles import wait_for_earlier
 
 
@@ -45,7 +45,7 @@ def reduction_launch(
         "constant": features * math.log(2 * math.pi),
     }
     constexprs = {"EARLY": early, "BLOCK_TILES": config.block_tiles, "BLOCK_ROWS": config.block_rows}
-    options = {"num_warps": config.warps} | ({"launch_pdl": True} if early else {})
+    options = {"num_warps": config.warps} | early_option(early)
     grid = (cdiv(rows, config.block_rows),)
     return Launch(reduction_kernel, grid, args, constexprs, options)
 

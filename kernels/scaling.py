@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.configs import ScalingConfig
 from cflow_fast.kernels.lang import power_reciprocal
-from cflow_fast.kernels.launch import Launch, cdiv
+from cflow_fast.kernels.launch import Launch, cdiv, early_option
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.tiles import row_offsets, wait_for_earlier
 
@@ -125,7 +125,7 @@ def scaling_launch(
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_FEATURES": config.block_features,
     }
-    options = {"num_warps": config.warps, "enable_fp_fusion": True} | ({"launch_pdl": True} if early else {})
+    options = {"num_warps": config.warps, "enable_fp_fusion": True} | early_option(early)
     return Launch(scaling_kernel, (cdiv(x.count, config.block_rows),), args, constexprs, options)
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cflow_fast.kernels.configs import how_mixed
 from cflow_fast.kernels.coupling import Halves, Pending, Target
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.linear import Beyond, Rotation
+from cflow_fast.kernels.operands import how_mixed
 from cflow_fast.kernels.rows import Rows
 from cflow_fast.kernels.scaling import Bound
 from cflow_fast.kernels.weights import SoftMixing

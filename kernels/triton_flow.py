@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cflow_fast.kernels.capture import finish, on_device
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import WholeFlowConfig, in_one_kernel
+from cflow_fast.kernels.configs import WholeFlowConfig
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.linear import Positions
+from cflow_fast.kernels.operands import in_one_kernel
 from cflow_fast.kernels.phase_weights import PhaseWeights, sums_dtype
 from cflow_fast.kernels.phases import HiddenBias, Phases
 from cflow_fast.kernels.rows import Rows, loose_rows, map_rows

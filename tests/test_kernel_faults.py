@@ -153,7 +153,6 @@ def test_a_module_planted_without_a_fault_stays_green(fault: Fault, tmp_path: Pa
         CHECKS[fault.check]()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp", "ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.module}: {fault.name}")
 def test_fault_turns_its_check_red(fault: Fault, tmp_path: Path) -> None:
     with planted(fault, tmp_path), pytest.raises((AssertionError, InterpreterError)) as raised:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import Problem, ProductConfig, candidates
 from cflow_fast.kernels.phase_weights import CUT_OFF, PhaseWeights, _Operands, cut_off_by
-from cflow_fast.kernels.weights import round_to_tf32
+from cflow_fast.kernels.weights import SoftMixing, round_to_tf32
 
 PART = 32
 """Inputs that are added up before the sum is rounded."""
@@ -98,8 +98,9 @@ def test_two_parts_are_the_weight_but_for_what_no_float32_holds(precision: str) 
 @pytest.mark.parametrize("largest", [1e-20, 1e-3, 1.0, 1e4])
 def test_scaled_weights_fill_the_range_of_fp16(largest: float) -> None:
     weights = rough_decoder(64, permute_soft=True, coupling_blocks=2).fold("fp32").weights
-    mixing = replace(weights.mixing, active=torch.zeros_like(weights.mixing.active))  # type: ignore[union-attr]
-    mixing.active[1, 3, 5] = largest  # type: ignore[union-attr]
+    assert isinstance(weights.mixing, SoftMixing)
+    mixing = replace(weights.mixing, active=torch.zeros_like(weights.mixing.active))
+    mixing.active[1, 3, 5] = largest
     prepared = PhaseWeights.prepare(replace(weights, mixing=mixing), "fp16x3")
     assert prepared.scale is not None
     assert prepared.soft is not None

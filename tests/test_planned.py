@@ -22,6 +22,9 @@ from cflow_fast.kernels.triton_flow import TritonFlow
 from cflow_fast.ops import KERNEL_PRECISIONS
 from cflow_fast.positional import encoding_factors
 
+Binary = tuple[tuple[object, ...], bool]
+"""What tells binaries apart, and whether all pointers are aligned."""
+
 
 @pytest.fixture(autouse=True)
 def no_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -32,9 +35,9 @@ def no_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> set[object]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[Binary]:
     """The binaries of what is launched, which nothing runs."""
-    keys: set[object] = set()
+    keys: set[Binary] = set()
     monkeypatch.setattr(torch_flow, "CPU_CHUNK_ROWS", torch_flow.GPU_CHUNK_ROWS)
     monkeypatch.setattr(Launch, "run", lambda launch: keys.add((_binary_key(launch), _is_aligned(launch))))
     return keys
@@ -48,14 +51,14 @@ def _is_aligned(launch: Launch) -> bool:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> set[object]:
+def compiled() -> set[Binary]:
     return {(_binary_key(launch), True) for launch in planned_launches(Chip())}
 
 
 @pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("features", [*FIRST_SIZES, 41])
 def test_nothing_is_left_to_compile_while_decoders_are_compared(
-    features: int, permute_soft: bool, launched: set[object], compiled: set[object]
+    features: int, permute_soft: bool, launched: set[Binary], compiled: set[Binary]
 ) -> None:
     """Both ways, in every precision of a card."""
     case = parity.random_case(features, permute_soft)
@@ -74,7 +77,7 @@ def test_nothing_is_left_to_compile_while_decoders_are_compared(
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("bf16", torch.float32), ("fp32", None)])
 def test_nor_while_whole_models_are_timed_and_judged(
-    precision: str, dtype: torch.dtype | None, launched: set[object], compiled: set[object]
+    precision: str, dtype: torch.dtype | None, launched: set[Binary], compiled: set[Binary]
 ) -> None:
     scales = ENCODERS["resnet18"]
     for features, side in zip(scales.channels, scales.sides(256), strict=True):
@@ -88,7 +91,7 @@ def test_nor_while_whole_models_are_timed_and_judged(
 
 @pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
 def test_nor_while_freias_modules_are_called_after_one_line(
-    permute_soft: bool, launched: set[object], compiled: set[object]
+    permute_soft: bool, launched: set[Binary], compiled: set[Binary]
 ) -> None:
     folded = rough_decoder(512, 128, 8, permute_soft=permute_soft).fold("bf16")
     TritonFlow(folded.weights, "bf16").rows(torch.randn(1024, 512), torch.randn(1024, 128), want_u=True)
@@ -97,11 +100,11 @@ def test_nor_while_freias_modules_are_called_after_one_line(
 
 
 def test_nor_while_memory_is_checked(
-    launched: set[object], compiled: set[object], monkeypatch: pytest.MonkeyPatch
+    launched: set[Binary], compiled: set[Binary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CFLOW_FAST_BACKEND", "triton")
     run_small(torch.device("cpu"))
-    assert {key[0] for key, _ in launched} == {  # type: ignore[index, misc]
+    assert {key[0] for key, _ in launched} == {
         *("whole_flow_kernel", "packing_kernel", "scaling_kernel"),
         *("linear_kernel", "coupling_kernel", "reduction_kernel"),
     }

@@ -220,7 +220,6 @@ def test_features_of_any_size_lose_no_more_digits_as_scaled_operands(factor: flo
 
 @each_mixing
 @pytest.mark.parametrize("precision", ["fp16", "fp16x3"])
-@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 def test_features_beyond_what_squares_hold_are_minus_infinite_as_in_fp32(precision: str, mixing: str) -> None:
     flows = Flows(mixing, precision, 64, coupling_blocks=2)
     exact = Flows(mixing, "ieee", 64, coupling_blocks=2)
