@@ -27,6 +27,12 @@ ROTATION_RESIDUAL = 1e-9
 """How far what the decomposition makes of random vectors may be from what the permutation does; float32's own rounding
 is 3e-8 a number."""
 
+ROUNDED = 2**-8
+"""How far rounding moves a number of a permutation at most: bf16's twice."""
+
+SMALL = 1e-2
+"""Cosines and sines that are found with all their digits where a decomposition is made with care."""
+
 PROBES = 8
 """Random vectors that are sent through a permutation and its decomposition to tell."""
 
@@ -162,10 +168,11 @@ def mixing_storage(features: int, storage: torch.dtype) -> torch.dtype:
 
 
 def _soft_mixing(blocks: list[_Block], matrices: int) -> SoftMixing:
-    rotations = _rotations(blocks[matrices:])
+    h = blocks[0].passive
+    rotations = _decompositions([_soft(block) for block in blocks[matrices:]], h)
     if rotations is None:
         rotations, matrices = [], len(blocks)
-    first, h = blocks[:matrices], blocks[0].passive
+    first = blocks[:matrices]
     features = len(blocks[0].sigma)
     basis = torch.eye(h, dtype=torch.float64)
     passive, active = [], []
@@ -200,20 +207,40 @@ def _soft(block: _Block) -> Tensor:
 
 
 class _CosineSine:
-    """P = [U1 0; 0 U2] [C -S; S C] [V1 0; 0 V2], with h rows in the first half and d = h or h - 1 in the second."""
+    """P = [U1 0; 0 U2] [C -S; S C] [V1 0; 0 V2], with h rows in the first half and d = h or h - 1 in the second.
 
-    def __init__(self, p: Tensor, h: int, squared: Tensor, vectors: Tensor) -> None:
-        """Of an orthogonal matrix and what `_eigh` makes of its first quarter's Gram matrix."""
+    Cosines ascend: with h = d + 1 the last one is 1 and has no sine.
+    """
+
+    def __init__(self, p: Tensor, h: int, squared: Tensor, vectors: Tensor, small: float = 0.0) -> None:
+        """Of an orthogonal matrix and what `_eigh` makes of its first quarter's Gram matrix.
+
+        small: cosines and sines below it are found anew, which costs more. An eigenvalue tells them only as far as
+        their squares have digits, and divided by one a vector of U is as far from orthogonal to others.
+        """
         d = len(p) - h
-        self.cosine = squared.clamp(0, 1).sqrt()[:d]  # ascending: with h = d + 1 the last one is 1 and has no sine
-        self.v1 = vectors.T
-        upper, lower = p[:h, :h] @ vectors, p[h:, :h] @ vectors[:, :d]
-        self.sine = lower.norm(dim=0)
-        self.u1 = upper / upper.norm(dim=0)
-        self.u2 = lower / self.sine
-        self.v2 = self.cosine.unsqueeze(1) * (self.u2.T @ p[h:, h:]) - self.sine.unsqueeze(1) * (
-            self.u1[:, :d].T @ p[:h, h:]
-        )
+        cosine, v1 = squared.clamp(0, 1).sqrt(), vectors
+        upper = p[:h, :h] @ v1
+        u1 = upper / upper.norm(dim=0)
+        if count := int((squared < small**2).sum()):
+            basis = _complement(u1[:, count:])
+            x, values, turn = torch.linalg.svd(basis.T @ upper[:, :count])
+            u1[:, :count], cosine[:count] = basis @ x.flip(1), values.flip(0)
+            v1[:, :count] = v1[:, :count] @ turn.T.flip(1)
+        lower = p[h:, :h] @ v1
+        sine = lower.norm(dim=0)[:d]
+        u2 = lower[:, :d] / sine
+        if count := int((squared > 1 - small**2).sum()) if small else 0:
+            rest = h - count
+            basis = _complement(u2[:, :rest])
+            x, sine[rest:], turn = torch.linalg.svd(basis.T @ lower[:, rest:])
+            u2[:, rest:] = basis @ x
+            v1[:, rest:] = v1[:, rest:] @ turn.T
+            upper = p[:h, :h] @ v1[:, rest:]
+            cosine[rest:] = upper.norm(dim=0)
+            u1[:, rest:] = upper / cosine[rest:]
+        self.u1, self.u2, self.v1, self.cosine, self.sine = u1, u2, v1.T, cosine[:d], sine
+        self.v2 = self.cosine.unsqueeze(1) * (u2.T @ p[h:, h:]) - sine.unsqueeze(1) * (u1[:, :d].T @ p[:h, h:])
         probes = torch.randn(len(p), PROBES, dtype=p.dtype, generator=torch.Generator().manual_seed(0))
         self.residual = float((self.times(probes) - p @ probes).abs().max().nan_to_num(torch.inf))
 
@@ -237,26 +264,40 @@ def _eigh(symmetric: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         torch.set_num_threads(threads)
 
 
-def _orthogonalised(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix to one that was rounded, by Newton-Schulz steps, each squaring the deviation."""
+def _orthogonalised(matrix: Tensor, sure: bool = False) -> Tensor:
+    """The nearest orthogonal matrix to one that was rounded, by Newton-Schulz steps, each squaring the deviation.
+
+    sure: to the last digit, by steps of float64 alone.
+    """
     for _ in range(3):
         excess = matrix.T @ matrix
         excess.diagonal().sub_(1.0)
         deviation = excess.norm()
-        if deviation < 1e-5:  # at once for a rotation rounded to float32: what is left is under 1e-10
+        if deviation < 1e-5 and not sure:  # at once for a rotation rounded to float32: what is left is under 1e-10
             return matrix - 0.5 * (matrix.float() @ excess.float()).double()  # 1e-7 of 1e-5 is under that too
         matrix = torch.addmm(matrix, matrix, excess, alpha=-0.5)
     return matrix
 
 
-def _decompositions(matrices: Sequence[Tensor], h: int) -> list[_CosineSine]:
-    """Of matrices that are orthogonal but for rounding, h rows in the first half."""
+def _complement(columns: Tensor) -> Tensor:
+    """An orthonormal basis of what is orthogonal to orthonormal columns."""
+    return torch.linalg.qr(columns, mode="complete").Q[:, columns.shape[1] :]
+
+
+def _decompositions(matrices: Sequence[Tensor], h: int) -> list[_CosineSine] | None:
+    """h rows in the first half. None where a matrix is no rotation, nor one that was rounded."""
     exact = [_orthogonalised(matrix) for matrix in matrices]
-    pairs = _eigh([p[:h, :h].T @ p[:h, :h] for p in exact])
-    return [_CosineSine(p, h, *pair) for p, pair in zip(exact, pairs, strict=True)]
+    if not all((p - matrix).abs().max() <= ROUNDED for p, matrix in zip(exact, matrices, strict=True)):
+        return None
+    pairs = _eigh([_gram(p, h) for p in exact])
+    found = [_CosineSine(p, h, *pair) for p, pair in zip(exact, pairs, strict=True)]
+    for i, p in enumerate(exact):  # of random rotations one in a few hundred
+        if found[i].residual >= ROTATION_RESIDUAL:
+            again = _orthogonalised(p, sure=True)
+            squared, vectors = torch.linalg.eigh(_gram(again, h))
+            found[i] = _CosineSine(again, h, squared, vectors, small=SMALL)
+    return found if all(each.residual < ROTATION_RESIDUAL for each in found) else None
 
 
-def _rotations(blocks: list[_Block]) -> list[_CosineSine] | None:
-    """None where a block's matrix has no well-conditioned decomposition (a half that maps onto itself, say)."""
-    decompositions = _decompositions([_soft(block) for block in blocks], blocks[0].passive) if blocks else []
-    return decompositions if all(each.residual < ROTATION_RESIDUAL for each in decompositions) else None
+def _gram(p: Tensor, h: int) -> Tensor:
+    return p[:h, :h].T @ p[:h, :h]

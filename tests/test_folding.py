@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def _halves_apart(size: int) -> Tensor:
 
 @pytest.mark.parametrize("features", [12, 13])
 @pytest.mark.parametrize("matrix", ["halves that map onto themselves", "identity", "permutation"])
-def test_soft_permutation_without_a_decomposition_folds_as_a_matrix(features: int, matrix: str) -> None:
+def test_soft_permutation_that_turns_nothing_folds_as_a_rotation_too(features: int, matrix: str) -> None:
     decoder = exact_decoder(features, permute_soft=True)
     blocks: Any = decoder.blocks
     blocks[1].rotation = {
@@ -90,8 +91,20 @@ def test_soft_permutation_without_a_decomposition_folds_as_a_matrix(features: in
     }[matrix]
     mixing = fold_weights(decoder, torch.float64).mixing
     assert isinstance(mixing, SoftMixing)
-    assert mixing.matrices == 4
+    assert mixing.matrices == 0
     assert_folds_exactly(decoder)
+
+
+@pytest.mark.parametrize("scale", [1.05, 2.0, 3.0, float("nan")])
+def test_soft_permutation_that_is_no_rotation_folds_as_the_matrix_that_it_is(scale: float) -> None:
+    decoder = exact_decoder(12, permute_soft=True)
+    blocks: Any = decoder.blocks
+    blocks[1].rotation *= scale
+    mixing = fold_weights(decoder, torch.float64).mixing
+    assert isinstance(mixing, SoftMixing)
+    assert mixing.matrices == 4
+    if scale == scale:
+        assert_folds_exactly(decoder)
 
 
 def test_matrices_and_rotations_agree_within_one_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +129,42 @@ def test_cosine_sine_decomposition_is_one(size: int) -> None:
     torch.testing.assert_close(parts.cosine**2 + parts.sine**2, torch.ones(d, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(parts.times(torch.eye(size).double()), matrix, rtol=0, atol=1e-7)
     assert parts.residual < 1e-9
+
+
+def rotation_of(size: int, angles: Tensor) -> Tensor:
+    """By random factors of its decomposition."""
+    h, d = size - size // 2, size // 2
+    u1, u2, v1, v2 = (random_rotation(n).double() for n in (h, d, h, d))
+    cosine, sine = torch.ones(h, dtype=torch.float64), torch.zeros(h, d, dtype=torch.float64)
+    cosine[:d], sine[:d] = angles.cos(), angles.sin().diag()
+    upper = torch.cat([u1 * cosine @ v1, -u1 @ sine @ v2], 1)
+    return torch.cat([upper, torch.cat([u2 @ sine.T @ v1, u2 * angles.cos() @ v2], 1)])
+
+
+@pytest.mark.parametrize("size", [40, 41])
+@pytest.mark.parametrize("least", [1e-4, 1e-5, 1e-7, 1e-12, 0.0])
+def test_rotation_by_almost_nothing_or_almost_a_right_angle_has_a_decomposition(size: int, least: float) -> None:
+    """One in twenty-five decoders of 320 features has one in its eight random blocks."""
+    torch.manual_seed(0)
+    angles = torch.linspace(0.05, 1.5, size // 2, dtype=torch.float64)
+    angles[:2] = torch.tensor([1.0, 2.0]) * least
+    angles[-2:] = math.pi / 2 - torch.tensor([3.0, 1.0], dtype=torch.float64) * least
+    matrix = rotation_of(size, angles).float().double()
+    h = size - size // 2
+    (parts,) = _decompositions([matrix], h)
+    assert parts.residual < ROTATION_RESIDUAL
+    for factor in (parts.u1, parts.u2, parts.v1, parts.v2):
+        torch.testing.assert_close(factor @ factor.T, torch.eye(len(factor)).double(), rtol=0, atol=1e-8)
+    torch.testing.assert_close(parts.times(torch.eye(size).double()), matrix, rtol=0, atol=1e-7)
+    assert (parts.cosine.diff() > -1e-8).all()
+
+
+@pytest.mark.parametrize("seed", [16, 18, 22])
+def test_random_soft_decoders_with_such_an_angle_fold_as_rotations(seed: int) -> None:
+    torch.manual_seed(seed)
+    mixing = FlowDecoder(320, 0, 8, permute_soft=True, hidden=1).fold("fp32").weights.mixing
+    assert isinstance(mixing, SoftMixing)
+    assert mixing.matrices == 0
 
 
 def test_residual_tells_a_wrong_decomposition_from_a_right_one() -> None:

@@ -72,7 +72,7 @@ def test_nothing_is_left_to_compile_while_decoders_are_compared(
         ):
             flow.log_prob_map(case.features, encoding)
     assert launched
-    assert launched <= compiled
+    assert not launched - compiled
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("bf16", torch.float32), ("fp32", None)])
@@ -86,7 +86,7 @@ def test_nor_while_whole_models_are_timed_and_judged(
         flow = TritonFlow(folded.weights, KERNEL_PRECISIONS[precision])
         flow.log_prob_map(maps, encoding_factors(128, side, side))
     assert launched
-    assert launched <= compiled
+    assert not launched - compiled
 
 
 @pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
@@ -96,7 +96,7 @@ def test_nor_while_freias_modules_are_called_after_one_line(
     folded = rough_decoder(512, 128, 8, permute_soft=permute_soft).fold("bf16")
     TritonFlow(folded.weights, "bf16").rows(torch.randn(1024, 512), torch.randn(1024, 128), want_u=True)
     assert launched
-    assert launched <= compiled
+    assert not launched - compiled
 
 
 def test_nor_while_memory_is_checked(
@@ -108,7 +108,7 @@ def test_nor_while_memory_is_checked(
         *("whole_flow_kernel", "packing_kernel", "scaling_kernel"),
         *("linear_kernel", "coupling_kernel", "reduction_kernel"),
     }
-    assert launched <= compiled
+    assert not launched - compiled
 
 
 @pytest.mark.parametrize("features", warm.SMALL_FEATURES)
