@@ -15,7 +15,7 @@ rm -rf $(1) && mkdir -p $(1)/cflow_fast
 ln -s $(CURDIR)/cflow_fast/* $(CURDIR)/kernels $(CURDIR)/bench $(1)/cflow_fast
 endef
 
-.PHONY: demo test test-real test-anomalib lint format bench-cpu aot gpu parity clean
+.PHONY: demo test test-real test-anomalib lint format bench-cpu aot gpu gpu-kernels parity clean
 OTHER_TRITON := 3.6.0
 
 demo: $(READY)
@@ -67,12 +67,22 @@ build/triton-$(OTHER_TRITON): $(READY)
 
 # On a machine with an NVIDIA GPU, which may be offline: installs nothing, uses the Python that it is given. Run from
 # the folder of links: the first place that Python looks in is where it is started. OUTPUT: a folder in the place of
-# bench/results/<card>. PACK: a .tar.gz of all that is in it, kept up to date from step to step. SUITE: more of its options.
+# bench/results/<card>. PACK: a .tar.gz of all that is in it, kept up to date from step to step. KERNELS: an archive of
+# what `make gpu-kernels` compiled. SUITE: more of its options.
 gpu:
 	$(call linked,$(CARD))
 	cd $(CARD) && TRITON_INTERPRET=0 PYTHONPATH="$(CURDIR)/$(CARD)$${PYTHONPATH:+:$$PYTHONPATH}" \
 	    $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m cflow_fast.bench.gpu \
-	    $(if $(OUTPUT),--output "$(abspath $(OUTPUT))") $(if $(PACK),--pack "$(abspath $(PACK))") $(SUITE)
+	    $(if $(OUTPUT),--output "$(abspath $(OUTPUT))") $(if $(PACK),--pack "$(abspath $(PACK))") \
+	    $(if $(KERNELS),--kernels "$(abspath $(KERNELS))") $(SUITE)
+
+# What `make gpu` launches, compiled here for a card elsewhere (SUITE: options that say which): with PYTHON, which has to
+# have the versions of Python and Triton that are there, and the other packages.
+gpu-kernels:
+	$(call linked,$(CARD))
+	cd $(CARD) && env -u TRITON_INTERPRET PYTHONPATH="$(CURDIR)/$(CARD)$${PYTHONPATH:+:$$PYTHONPATH}" \
+	    $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m cflow_fast.bench.ahead \
+	    "$(abspath $(or $(KERNELS),build/gpu-kernels.tar.xz))" --cache "$(CURDIR)/build/gpu-kernels" $(SUITE)
 
 parity: $(READY)
 	$(BIN)/cflow-fast parity

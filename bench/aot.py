@@ -9,13 +9,9 @@ it prints what the machine code lets expect of the decoders (see `prediction`), 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +27,7 @@ from torch import Tensor
 from cflow_fast.bench.compiled import Compiled, compile_launch
 from cflow_fast.bench.headline import Headline, headlines, pointwise_launches, tail_launches
 from cflow_fast.bench.prediction import CARDS, Card, Prediction, predict, predict_together
+from cflow_fast.bench.processes import in_processes
 from cflow_fast.files import write_text
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
@@ -40,8 +37,6 @@ QUICK = (
     (("wide_resnet50_2", "resnet18"), ("bf16", "tf32"), (256,), (1, 32)),
     (("wide_resnet50_2",), ("fp16", "fp16x3"), (256,), (1, 32)),
 )
-LONGEST_COMPILATION = 300.0
-"""Seconds; a compiler that hangs must not hold up the rest for ever."""
 FEWEST_WGMMA_ROWS = 64
 """A warp group multiplies 64 rows at once; tiles of fewer, for a handful of vectors, use the older instruction."""
 SHAPES = ("IMAGES", "LINES", "COLUMNS", "BLOCKS", "CHANNELS")
@@ -103,34 +98,15 @@ def distinct(lines: Iterable[Headline], capability: int) -> dict[Key, Kernel]:
     return kernels
 
 
-_work: Sequence[Kernel] = ()
-
-
-def _compile(index: int) -> Compiled | str:
-    kernel = _work[index]
-    try:
-        return compile_launch(kernel.launch, kernel.capability)
-    except Exception as error:  # a compiler may fail in any way; the kernel becomes a fault
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+def _compile(kernel: Kernel) -> Compiled:
+    return compile_launch(kernel.launch, kernel.capability)
 
 
 def compile_all(
     kernels: Sequence[Kernel], processes: int | None = None, until: float = math.inf
 ) -> Iterator[Compiled | str]:
-    """In order, on all cores if nothing else is said; a string is why a kernel could not be compiled.
-
-    until: time.monotonic() from which on nothing is waited for.
-    """
-    global _work
-    _work = kernels  # workers are forked: a kernel cannot be pickled, its place in a list can
-    gc.collect()  # by a worker, what is garbage here would be given back to a card that is not its own
-    with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
-        results = [pool.apply_async(_compile, (index,)) for index in range(len(kernels))]
-        for result in results:
-            try:
-                yield result.get(max(0.0, min(LONGEST_COMPILATION, until - time.monotonic())))
-            except multiprocessing.TimeoutError:  # it hangs, or took its process with it
-                yield "it was not compiled in time"
+    """In order; a string is why a kernel could not be compiled. processes, until: see `in_processes`."""
+    return in_processes(_compile, kernels, processes, until)
 
 
 def predicted(lines: Iterable[Headline], found: dict[Key, Compiled], card: Card) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """`make gpu`: everything that only a card can show, in one go, kept in bench/results/<card>/.
 
     python -m cflow_fast.bench.gpu [--output FOLDER] [--minutes 8.5] [--case-seconds 2] [--pack FILE]
-                                   [--leave-out STEP]...
+                                   [--kernels FILE] [--leave-out STEP]...
 
 Each step writes its own file as soon as it is done and a failure ends that step alone: the next ones run, and the
-summary names what failed. What is right comes before what is fast, and the headline's numbers before the rest, since
-time may run out. Nothing but PyTorch, Triton, timm and this package is needed; FrEIA, when it is there, is a contender.
+summary names what failed. What is right comes before what is fast, and all of it side by side, where the card has the
+memory; what is timed comes one after another, the headline's numbers before the rest, since time may run out. Nothing
+but PyTorch, Triton, timm and this package is needed; FrEIA, when it is there, is a contender.
 Kernels are compiled before anything is timed, and what tuning finds is what the steps after it launch: they measure the
 card as `cflow-fast tune` leaves it.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import itertools
 import os
 import shlex
 import shutil
@@ -24,8 +26,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -33,6 +36,7 @@ import triton
 
 from cflow_fast import parity
 from cflow_fast.bench import decoder, end_to_end, maps
+from cflow_fast.bench.ahead import unpack
 from cflow_fast.bench.cases import DecoderCase, grid, scales_of
 from cflow_fast.bench.contenders import ACCELERATED, PLAIN, device_precisions, is_installed
 from cflow_fast.bench.end_to_end import ModelCase
@@ -40,12 +44,12 @@ from cflow_fast.bench.kernel_times import time_kernels
 from cflow_fast.bench.machine import file_name
 from cflow_fast.bench.maps import MapCase
 from cflow_fast.bench.measurement import Effort
-from cflow_fast.bench.planned import FIRST_SIZES, OTHER_SIZES, TUNED
+from cflow_fast.bench.planned import FIRST_SIZES, NARROW_SIZES, TUNED, WIDE_SIZES
 from cflow_fast.bench.processes import run_group
 from cflow_fast.bench.results import Results, write_results
 from cflow_fast.bench.roofline import measure_roofline
 from cflow_fast.bench.session import Session, line_up
-from cflow_fast.bench.suite import Suite, watched
+from cflow_fast.bench.suite import Part, Suite, watched
 from cflow_fast.bench.tune import Finding, choose_by_measurement, in_words, table_of
 from cflow_fast.bench.tune_card import CardTimer
 from cflow_fast.bench.tune_targets import tails, targets
@@ -64,8 +68,13 @@ WIDE = "wide_resnet50_2"
 MINUTES = 8.5
 CASE_SECONDS = 2.0
 """For all contenders of a case together, once they are made."""
-MOST_COMPARING, MOST_TUNING = 140.0, 100.0
-"""Seconds for parity at once, and for tuning."""
+MOST_COMPILING, MOST_CHECKING, MOST_TUNING = 150.0, 150.0, 100.0
+"""Seconds for kernels beforehand, for all that is right, and for tuning."""
+FOR_TIMES = 110.0
+"""Seconds that all of these leave to what is timed: an H200 takes 31 for the headline's decoders, 95 for everything."""
+LEAST_CHECKING, LEAST_TUNING = 60.0, 10.0
+TOGETHER_BYTES = 40e9
+"""Of a card's memory: with less, its checks run one after another."""
 
 
 def card_tests(suite: Suite) -> str:
@@ -75,7 +84,7 @@ def card_tests(suite: Suite) -> str:
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes into compiling
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    limit = max(30.0, min(120.0, suite.seconds_left - 60))
+    limit = max(30.0, suite.seconds_left - 5)
     with (suite.folder / "tests.txt").open("w") as log:
         try:
             code = run_group(command, limit, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
@@ -86,7 +95,7 @@ def card_tests(suite: Suite) -> str:
 
 
 def compiled(suite: Suite) -> str:
-    return compile_on_all_cores(max(10.0, min(150.0, suite.seconds_left - 120)))
+    return compile_on_all_cores(max(10.0, min(MOST_COMPILING, suite.seconds_left - LEAST_CHECKING - FOR_TIMES)))
 
 
 def roofline(suite: Suite) -> str:
@@ -100,18 +109,10 @@ def roofline(suite: Suite) -> str:
     return f"{rates}; copies {found.copy / 1e12:.2f} TB/s; {reads}"
 
 
-def first_parity(suite: Suite) -> str:
-    return _parity(suite, "parity-first.json", FIRST_SIZES)
-
-
-def parity_of_all(suite: Suite) -> str:
-    return _parity(suite, "parity.json", OTHER_SIZES)
-
-
 def _parity(suite: Suite, name: str, sizes: Sequence[int]) -> str:
     """Every precision and way of decoders with random parameters against float64, for as long as there is time."""
     decoders = [(features, permute_soft) for features in sizes for permute_soft in (False, True)]
-    until = time.monotonic() + min(MOST_COMPARING, suite.seconds_left - 30)
+    until = time.monotonic() + suite.seconds_left - 10
     rows: list[parity.Row] = []
     compared = 0
     try:
@@ -229,8 +230,11 @@ def tuned(suite: Suite) -> str:
 
     From here on this process, and those that it starts, launch what was found.
     """
+    seconds = min(MOST_TUNING, suite.seconds_left - FOR_TIMES)
+    if seconds < LEAST_TUNING:
+        return "not measured: what time is left is for what comes after it"
     chip = Chip.of(CARD)
-    until = time.monotonic() + min(MOST_TUNING, suite.seconds_left - 30)
+    until = time.monotonic() + seconds
     found: list[Finding] = []
     try:
         encoders, _, sizes, batches = TUNED
@@ -261,7 +265,7 @@ def _put_to_use(table: Table) -> None:
 
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 SMALL = (sys.executable, "-m", "cflow_fast.bench.warm", "--small")
-LEAST_CHECKING, MOST_CHECKING = 20.0, 90.0
+LEAST_SANITIZING = 20.0
 
 
 def memory_check(suite: Suite) -> str:
@@ -273,7 +277,7 @@ def memory_check(suite: Suite) -> str:
     checked = (tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *SMALL)
     # The allocator's own large blocks would hide most of what is out of bounds.
     uncached = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    ends = time.monotonic() + max(LEAST_CHECKING, min(MOST_CHECKING, suite.seconds_left - 10))
+    ends = time.monotonic() + max(LEAST_SANITIZING, suite.seconds_left - 5)
     log = ""
     for command, environment in ((SMALL, os.environ), (checked, uncached)):
         try:
@@ -296,47 +300,66 @@ def _runs(tool: str) -> bool:
         return False
 
 
-STEPS: tuple[tuple[str, Callable[[Suite], str]], ...] = (
-    ("kernels compiled ahead", compiled),
-    ("tests on the card", card_tests),
-    ("parity, first sizes", first_parity),
-    ("parity", parity_of_all),
-    ("memory check", memory_check),
-    ("roofline", roofline),
-    ("tuning", tuned),
-    ("decoders of WideResNet-50, 256 px", wide_decoders),
-    ("anomaly map", anomaly_maps),
-    ("whole models", whole_models),
-    ("FrEIA's modules after one line", accelerated),
-    ("decoders of WideResNet-50, 512 px", wide_decoders_512),
-    ("decoders of ResNet-18 and MobileNetV3-L", narrow_decoders),
-    ("kernels, measured beside predicted", kernels),
-    ("FrEIA compiled", compiled_peer),
+class Step(NamedTuple):
+    """together: it times nothing, and may run beside its neighbours that do not either."""
+
+    name: str
+    run: Callable[[Suite], str]
+    together: bool = False
+
+
+STEPS = (
+    Step("kernels compiled ahead", compiled),
+    Step("tests on the card", card_tests, together=True),
+    Step("parity, first sizes", partial(_parity, name="parity-first.json", sizes=FIRST_SIZES), together=True),
+    Step("parity, narrow", partial(_parity, name="parity-narrow.json", sizes=NARROW_SIZES), together=True),
+    Step("parity, wide", partial(_parity, name="parity-wide.json", sizes=WIDE_SIZES), together=True),
+    Step("memory check", memory_check, together=True),
+    Step("roofline", roofline),
+    Step("tuning", tuned),
+    Step("decoders of WideResNet-50, 256 px", wide_decoders),
+    Step("anomaly map", anomaly_maps),
+    Step("whole models", whole_models),
+    Step("FrEIA's modules after one line", accelerated),
+    Step("decoders of WideResNet-50, 512 px", wide_decoders_512),
+    Step("decoders of ResNet-18 and MobileNetV3-L", narrow_decoders),
+    Step("kernels, measured beside predicted", kernels),
+    Step("FrEIA compiled", compiled_peer),
 )
+
+ARCHIVE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="  [default: bench/results/<card>]")
-@click.option("--minutes", type=click.FloatRange(1), default=MINUTES, show_default=True, help="For all of it.")
+@click.option("--minutes", type=click.FloatRange(0.1), default=MINUTES, show_default=True, help="For all of it.")
 @click.option("--case-seconds", type=click.FloatRange(0.1), default=CASE_SECONDS, show_default=True, help="A case's.")
 @click.option("--pack", type=click.Path(path_type=Path, dir_okay=False), help="A .tar.gz of what is in the folder.")
+@click.option("--kernels", "archive", type=ARCHIVE, help="What `make gpu-kernels` compiled.")
 @click.option("--leave-out", multiple=True, metavar="STEP", help="One of the steps, by its name; any number of times.")
 @click.option("--go-on-from", type=int, default=0, hidden=True)
+@click.option("--part", hidden=True, help="One step of a suite that another process runs.")
 def main(
     output: Path | None,
     minutes: float,
     case_seconds: float,
     pack: Path | None,
+    archive: Path | None,
     leave_out: tuple[str, ...],
     go_on_from: int,
+    part: str | None,
 ) -> None:
     """Check, then measure, on the first CUDA device."""
     if not torch.cuda.is_available():
         raise click.ClickException("there is no CUDA device here; `make aot` says what can be said without one")
-    unknown = sorted(set(leave_out) - {name for name, _ in STEPS})
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(name for name, _ in STEPS)}")
+    names = [step.name for step in STEPS]
+    if unknown := sorted(set(leave_out).difference(names)):
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(names)}")
     warnings.filterwarnings("error", message="no CUDA graph could be captured")  # eager times are not a graph's
+    if part is not None:
+        assert output is not None
+        _run_part(part, Part.of(output, 60 * minutes))
+        return
     card = torch.cuda.get_device_name(CARD)
     folder = output or RESULTS / file_name(card)
     folder.mkdir(parents=True, exist_ok=True)
@@ -349,6 +372,7 @@ def main(
     suite = Suite.stored(folder, pack) if go_on_from else Suite(folder, ends, _facts(card), pack=pack)
     if not go_on_from:
         suite.facts |= {"command": _command(minutes, case_seconds, leave_out), "case_seconds": case_seconds}
+        suite.facts |= {"compiled_before": _unpacked(archive)} if archive else {}
     with watched(suite):
         next_step = _run_steps(suite, go_on_from, leave_out)
     if next_step is not None:
@@ -361,14 +385,51 @@ def main(
 
 def _run_steps(suite: Suite, first: int, leave_out: Sequence[str] = ()) -> int | None:
     """None when all are done; else the one to go on from in another process, since this one has lost the card."""
-    for number, (name, step) in enumerate(STEPS[first:], first):
-        if name in leave_out:
+    number = first
+    while number < len(STEPS):
+        neighbours = list(itertools.takewhile(lambda step: step.together, STEPS[number:])) or [STEPS[number]]
+        number += len(neighbours)
+        wanted = [step for step in neighbours if step.name not in leave_out]
+        if not wanted:
             continue
-        suite.run(name, step)
+        if neighbours[0].together:
+            _run_together(suite, [step.name for step in wanted])
+        else:
+            suite.run(*wanted[0][:2])
         suite.store()
         if not _card_answers():  # after an illegal access
-            return number + 1
+            return number
     return None
+
+
+def _run_together(suite: Suite, names: list[str]) -> None:
+    """In processes of their own, so that what breaks one of them breaks no other."""
+
+    def part(name: str, seconds: float) -> list[str]:
+        options = ["--part", name, "--output", str(suite.folder), "--minutes", f"{max(1.0, seconds / 60):.3f}"]
+        return [sys.executable, "-m", "cflow_fast.bench.gpu", *options]
+
+    seconds = max(LEAST_CHECKING, min(MOST_CHECKING, suite.seconds_left - FOR_TIMES))
+    roomy = torch.cuda.get_device_properties(CARD).total_memory >= TOGETHER_BYTES
+    for some in [names] if roomy else [[name] for name in names]:
+        suite.run_together({name: partial(part, name) for name in some}, seconds * len(some) / len(names))
+
+
+def _run_part(name: str, suite: Part) -> None:
+    step = next(step for step in STEPS if step.name == name)
+    with watched(suite):
+        suite.run(step.name, step.run)
+        suite.store()
+
+
+def _unpacked(archive: Path) -> str:
+    """One that is of no use is no reason to stop."""
+    try:
+        words = unpack(archive)
+    except CFlowFastError as error:
+        words = f"nothing: {error}"
+    print(f"compiled before: {words}\n", flush=True)
+    return words
 
 
 def _command(minutes: float, case_seconds: float, leave_out: Sequence[str]) -> str:

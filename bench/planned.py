@@ -1,4 +1,4 @@
-"""What `make gpu` is going to launch, in the order of its steps and without a card: to be compiled beforehand."""
+"""What `make gpu` is going to launch, about in the order of its steps and without a card: to be compiled beforehand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from cflow_fast.ops import KERNEL_PRECISIONS
 FIRST_SIZES = (64, 512)
 """Of the decoders that are compared with float64 before anything else: one that runs whole in a kernel, one that does
 not."""
-OTHER_SIZES = tuple(features for features in parity.SIZES if features not in FIRST_SIZES)
+NARROW_SIZES, WIDE_SIZES = (41, 112, 160, 320), (1024, 2048)
+"""The rest of `parity.SIZES`, in two parts that take about as long as each other."""
 TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 8, 32))
 """What the suite tunes: encoders, precisions, sizes, batches."""
 CONDITION = 128
@@ -37,10 +38,9 @@ BLOCK_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32),
 
 def planned_launches(chip: Chip) -> Iterator[Launch]:
     """Features are in fp32 as the benchmark's cases have them, and as encoders give them."""
-    yield from _parity(FIRST_SIZES, chip)
-    yield from candidate_launches(targets(*TUNED), chip)
+    yield from _parity((*FIRST_SIZES, *NARROW_SIZES, *WIDE_SIZES), chip)
+    yield from _small(chip)
     yield from _decoders(WIDE, 256, (1, 8, 32), chip)
-    yield from _parity(OTHER_SIZES, chip)
     for size in (256, 512):
         yield from tail_launches(size, (1, 32), (3,))
     for line in headlines(WIDE, TIMED_ALONE, (256,), (1, 32)):  # one by one, on maps as encoders give them
@@ -49,7 +49,7 @@ def planned_launches(chip: Chip) -> Iterator[Launch]:
     yield from _decoders(NARROW, 256, (1, 32), chip)
     yield from _whole_models((*WIDE, "resnet18"), 256, (1, 32), chip)
     yield from _loose_rows(WIDE, 256, (1, 32), chip)
-    yield from _small(chip)
+    yield from candidate_launches(targets(*TUNED), chip)  # which tuning compiles too, as far as there is time
 
 
 def _decoders(encoders: tuple[str, ...], size: int, batches: tuple[int, ...], chip: Chip) -> Iterator[Launch]:

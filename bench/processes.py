@@ -1,13 +1,23 @@
-"""Processes that end together with all that they started."""
+"""Processes that end together with all that they started, and work that is shared between some."""
 
 from __future__ import annotations
 
+import gc
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
+
+LONGEST = 300.0
+"""Seconds for a piece of shared work; one that hangs must not hold up the rest for ever."""
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _running: dict[int, subprocess.Popen[str]] = {}
 """Those that `group` has not left yet, by process id, which is their group's too."""
@@ -45,3 +55,33 @@ def kill_groups() -> None:
 def kill_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):  # it ended, and left nothing
         os.killpg(process.pid, signal.SIGKILL)
+
+
+_work: tuple[Callable[[Any], Any], Sequence[Any]]
+
+
+def in_processes(
+    function: Callable[[Item], Found], items: Sequence[Item], processes: int | None = None, until: float = math.inf
+) -> Iterator[Found | str]:
+    """What a function makes of each item, in order, on all cores if nothing else is said; a string is why it failed.
+
+    items: need not be such as can be pickled. until: time.monotonic() from which on nothing is waited for.
+    """
+    global _work
+    _work = function, items  # workers are forked: an item cannot be pickled, its place in a list can
+    gc.collect()  # by a worker, what is garbage here would be given back to a card that is not its own
+    with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
+        results = [pool.apply_async(_worked, (index,)) for index in range(len(items))]
+        for result in results:
+            try:
+                yield result.get(max(0.0, min(LONGEST, until - time.monotonic())))
+            except multiprocessing.TimeoutError:  # it hangs, or took its process with it
+                yield "it was not done in time"
+
+
+def _worked(index: int) -> Any:
+    function, items = _work
+    try:
+        return function(items[index])
+    except Exception as error:  # whatever goes wrong, the others are worth having
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

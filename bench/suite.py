@@ -1,6 +1,7 @@
 """A run of many steps with one end: every step's words and files are kept as soon as it is done, whatever comes next.
 
-A step that fails ends itself alone; one that hangs is ended with the process, a little after the time is over.
+A step that fails ends itself alone; one that hangs is ended with the process, a little after the time is over. Steps
+that time nothing may run side by side, in a process each.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import subprocess
 import tarfile
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from cflow_fast.bench.processes import kill_groups
+from cflow_fast.bench.processes import group, kill_group, kill_groups
 from cflow_fast.files import atomic_path, write_text
 
 LEAST_SECONDS = 10.0
@@ -65,6 +68,46 @@ class Suite:
         print(f"{words}\n({took})\n", flush=True)
         self.summary.append(f"## {name}\n\n{words}\n\n*{took}*\n")
 
+    def run_together(self, commands: Mapping[str, Callable[[float], Sequence[str]]], seconds: float) -> None:
+        """Steps side by side, told in their order once all are done.
+
+        commands: by a step's name, what begins a process that runs it as a `Part` of this suite, given its seconds.
+        """
+        if min(seconds, self.seconds_left) < LEAST_SECONDS:
+            self.failed += [f"{name}: no time was left" for name in commands]
+            return
+        self.doing = ", ".join(commands)
+        print(f"{self.doing}, side by side ...", flush=True)
+        self.store()
+        ends = time.monotonic() + seconds + 3 * SLACK  # a process has its own end, and ends itself after it
+        logs: dict[str, IO[str]] = {}
+        with ExitStack() as stack:
+            processes = {}
+            for name, command in commands.items():
+                logs[name] = stack.enter_context(tempfile.TemporaryFile("w+"))  # a pipe that nobody reads fills up
+                output = {"stdout": logs[name], "stderr": subprocess.STDOUT}
+                processes[name] = stack.enter_context(group(command(seconds), **output))
+            for name, process in processes.items():
+                try:
+                    process.wait(timeout=max(0.1, ends - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    kill_group(process)
+                self._take_over(name, process.wait(), logs[name])
+
+    def _take_over(self, name: str, code: int, log: IO[str]) -> None:
+        log.seek(0)
+        told = log.read().strip()
+        print(f"{told}\n", flush=True)
+        report = _report(self.folder, name)
+        if not report.exists():
+            last = (told.splitlines() or ["no output"])[-1]
+            self.failed.append(f"{name}: exit code {code}: {last}")
+            return
+        found = json.loads(report.read_text())
+        report.unlink()
+        self.summary += found["summary"]
+        self.failed += found["failed"]
+
     def store(self) -> None:
         command = self.facts.get("command", "make gpu")
         head = f"# {self.facts['card']}\n\n`{command}`, torch {self.facts['torch']}, triton {self.facts['triton']}\n"
@@ -93,6 +136,22 @@ class Suite:
                 for each in files:
                     if each.resolve() not in (path.resolve(), temporary.resolve()):
                         archive.add(each, f"{self.folder.name}/{each.name}")
+
+
+class Part(Suite):
+    """One step of a suite in a process of its own, which leaves what it found for the one that waits for it."""
+
+    def store(self) -> None:
+        write_text(_report(self.folder, self.doing), json.dumps({"summary": self.summary, "failed": self.failed}))
+
+    @classmethod
+    def of(cls, folder: Path, seconds: float) -> Part:
+        """Of the suite whose state is stored in the folder."""
+        return cls(folder, time.time() + seconds, Suite.stored(folder).facts)
+
+
+def _report(folder: Path, name: str) -> Path:
+    return folder / f".{name}.json"
 
 
 @contextmanager

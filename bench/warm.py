@@ -14,13 +14,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from cflow_fast.bench.planned import (
     CONDITION,
@@ -72,9 +73,12 @@ def compile_on_all_cores(seconds: float) -> str:
 
 def compile_share(share: int, of: int) -> Iterator[str]:
     """For each of a share of the kernels, once it is compiled, why it could not be, or nothing."""
-    chip = Chip.of(torch.device("cuda", 0))
-    distinct = {_binary_key(launch): launch for launch in planned_launches(chip)}  # in the order of their first use
-    yield from map(_compile, list(distinct.values())[share::of])
+    yield from map(_compile, distinct(planned_launches(Chip.of(torch.device("cuda", 0))))[share::of])
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """One for each binary, in the order of their first use."""
+    return list({_binary_key(launch): launch for launch in launches}.values())
 
 
 @contextmanager
@@ -132,12 +136,17 @@ def _binary_key(launch: Launch) -> tuple[object, ...]:
     return launch.kernel.__name__, arguments, tuple(launch.constexprs.items()), options
 
 
-def _compile(launch: Launch) -> str:
-    """As the launch would, with dtypes in the place of tensors; why it failed, or nothing."""
+def warmed(launch: Launch) -> CompiledKernel:
+    """Compiled as the launch would, with dtypes in the place of tensors."""
     arguments: list[Any] = [launch.args[name] for name in launch.kernel.arg_names if name in launch.args]
     dtypes = [value.dtype if isinstance(value, Tensor) else value for value in arguments]
+    return launch.kernel.warmup(*dtypes, grid=launch.grid, **launch.constexprs, **launch.options)
+
+
+def _compile(launch: Launch) -> str:
+    """Why it failed, or nothing."""
     try:
-        kernel = launch.kernel.warmup(*dtypes, grid=launch.grid, **launch.constexprs, **launch.options)
+        kernel = warmed(launch)
         kernel._init_handles()  # the launcher too is built and kept, and the card is asked whether it takes the binary
     except Exception as error:  # a compiler may fail in any way; the others are worth having
         return f"{launch.kernel.__name__}: {type(error).__name__}: {str(error).splitlines()[:1]}"

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +22,9 @@ from cflow_fast.bench import gpu
 from cflow_fast.bench.cases import DecoderCase, Scales
 from cflow_fast.bench.contenders import PLAIN
 from cflow_fast.bench.decoder import CONTENDERS
-from cflow_fast.bench.gpu import Suite
-from cflow_fast.bench.planned import FIRST_SIZES, OTHER_SIZES
+from cflow_fast.bench.gpu import Step
+from cflow_fast.bench.planned import FIRST_SIZES, NARROW_SIZES, WIDE_SIZES
+from cflow_fast.bench.suite import Part, Suite
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import Problem, candidates
@@ -85,6 +86,10 @@ def test_results_are_kept_in_the_checkout() -> None:
     assert (gpu.BENCH.parent / "tests" / Path(__file__).name).samefile(__file__)
 
 
+def fine(suite: Suite) -> str:
+    return "fine"
+
+
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -104,8 +109,8 @@ def test_steps_are_kept_one_by_one_and_a_lost_card_is_left_to_another_process(
         assert "## second\n\nfine" in summary.read_text()
         return "failed: an illegal memory access"
 
-    steps = (("first", pytest.fail), ("second", lambda suite: "fine"), ("third", third), ("fourth", pytest.fail))
-    monkeypatch.setattr(gpu, "STEPS", (("first", lambda suite: "fine"), *steps[1:]))
+    steps = (Step("first", fine), Step("second", fine), Step("third", third), Step("fourth", pytest.fail))
+    monkeypatch.setattr(gpu, "STEPS", steps)
     monkeypatch.setattr(gpu, "_card_answers", lambda: not summary.exists() or "third" not in summary.read_text())
     monkeypatch.setattr(gpu.subprocess, "call", lambda command: begun.append(command) or 1)
     pack = tmp_path / "all.tar.gz"
@@ -115,7 +120,7 @@ def test_steps_are_kept_one_by_one_and_a_lost_card_is_left_to_another_process(
     assert (output, folder, packing, packed) == ("--output", str(summary.parent), "--pack", str(pack))
     assert pack.exists()
 
-    monkeypatch.setattr(gpu, "STEPS", (*steps[:3], ("fourth", lambda suite: "fine")))
+    monkeypatch.setattr(gpu, "STEPS", (*(Step(step.name, pytest.fail) for step in steps[:3]), Step("fourth", fine)))
     monkeypatch.setattr(gpu, "_card_answers", lambda: True)
     result = CliRunner().invoke(gpu.main, [number_of, number, output, folder])
     assert result.exit_code == 1
@@ -127,7 +132,7 @@ def test_steps_are_kept_one_by_one_and_a_lost_card_is_left_to_another_process(
 
 @pytest.mark.usefixtures("card")
 def test_steps_can_be_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = (("first", lambda suite: "fine"), ("slow one", pytest.fail), ("third", lambda suite: "fine"))
+    steps = (Step("first", fine), Step("slow one", pytest.fail), Step("third", fine))
     monkeypatch.setattr(gpu, "STEPS", steps)
     monkeypatch.setattr(gpu, "_card_answers", lambda: True)
     options = ["--minutes", "4", "--case-seconds", "0.5", "--leave-out", "slow one"]
@@ -157,7 +162,7 @@ def test_what_tuning_found_is_launched_from_then_on(monkeypatch: pytest.MonkeyPa
 def test_an_archive_that_cannot_be_written_is_found_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "STEPS", (("first", pytest.fail),))
+    monkeypatch.setattr(gpu, "STEPS", (Step("first", pytest.fail),))
     (tmp_path / "file").touch()
     result = CliRunner().invoke(gpu.main, ["--pack", str(tmp_path / "file" / "all.tar.gz")])
     assert result.exit_code == 1
@@ -199,7 +204,7 @@ def test_a_memory_check_without_time_or_tool_is_not_measured(
     monkeypatch.setattr(gpu, "_runs", lambda tool: False)
     assert "is not installed" in gpu.memory_check(suite)
     monkeypatch.setattr(gpu, "_runs", lambda tool: True)
-    monkeypatch.setattr(gpu, "LEAST_CHECKING", 0.2)
+    monkeypatch.setattr(gpu, "LEAST_SANITIZING", 0.2)
     monkeypatch.setattr(gpu, "SMALL", ("sleep", "60"))
     suite.ends = time.time()
     assert gpu.memory_check(suite) == "not measured: sleep was not done in time"
@@ -234,6 +239,7 @@ def test_parity_keeps_and_counts_what_was_compared_before_the_time_was_over(
     monkeypatch.setattr(parity, "failures", lambda kind, ours, theirs: [])
     monkeypatch.setattr(gpu, "parity", SimpleNamespace(check=parity.check, random_case=small_case, Row=parity.Row))
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    suite.ends = time.time() + 150
     words = gpu._parity(suite, "parity.json", (8, 12))
     rows = json.loads((suite.folder / "parity.json").read_text())
     assert {row["case"].split(",")[0] for row in rows} == {"D=8 hard", "D=8 soft"}
@@ -262,9 +268,108 @@ def test_what_was_compared_before_a_failure_is_kept(suite: Suite, monkeypatch: p
 
 
 def test_what_is_right_is_found_out_before_what_is_fast() -> None:
-    names = [name for name, _ in gpu.STEPS]
+    names = [step.name for step in gpu.STEPS]
     assert names[:3] == ["kernels compiled ahead", "tests on the card", "parity, first sizes"]
-    assert sorted((*FIRST_SIZES, *OTHER_SIZES)) == sorted(parity.SIZES)
+    assert [step.together for step in gpu.STEPS] == [False, *[True] * 5, *[False] * (len(names) - 6)]
+    assert sorted((*FIRST_SIZES, *NARROW_SIZES, *WIDE_SIZES)) == sorted(parity.SIZES)
+
+
+SIDE_BY_SIDE = (
+    Step("first", fine, together=True),
+    Step("second", lambda suite: pytest.fail("it is left out"), together=True),
+    Step("third", fine, together=True),
+    Step("alone", fine),
+)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("memory", [80e9, 16e9], ids=["roomy", "small"])
+def test_what_times_nothing_runs_side_by_side_where_there_is_room(
+    memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[dict[str, list[str]]] = []
+
+    def run(suite: Suite, commands: dict[str, Callable[[float], list[str]]], seconds: float) -> None:
+        together.append({name: command(seconds) for name, command in commands.items()})
+
+    monkeypatch.setattr(gpu, "STEPS", SIDE_BY_SIDE)
+    monkeypatch.setattr(gpu, "_card_answers", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(Suite, "run_together", run)
+    assert CliRunner().invoke(gpu.main, ["--leave-out", "second"]).exit_code == 0
+    assert [list(some) for some in together] == ([["first", "third"]] if memory > 40e9 else [["first"], ["third"]])
+    minutes = gpu.MOST_CHECKING / 60 / len(together)
+    options = ["--output", str(tmp_path / "results/nvidia-h100-80gb-hbm3"), "--minutes", f"{minutes:.3f}"]
+    assert together[0]["first"][1:] == ["-m", "cflow_fast.bench.gpu", "--part", "first", *options]
+    summary = (tmp_path / "results/nvidia-h100-80gb-hbm3/summary.md").read_text()
+    assert "## alone\n\nfine" in summary
+
+
+@pytest.mark.usefixtures("card")
+def test_a_part_leaves_what_it_found_to_the_process_that_waits(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def third(part: Suite) -> str:
+        assert isinstance(part, Part)
+        assert 50 < part.seconds_left <= 60
+        assert part.facts["roofline"] == 7
+        return "failed: 1 of 2"
+
+    monkeypatch.setattr(gpu, "STEPS", (*SIDE_BY_SIDE[:2], Step("third", third, together=True)))
+    suite.facts["roofline"] = 7
+    suite.run("before", fine)
+    suite.store()
+    result = CliRunner().invoke(gpu.main, ["--part", "third", "--minutes", "1", "--output", str(suite.folder)])
+    assert result.exit_code == 0, result.output
+    assert Suite.stored(suite.folder) == suite
+    suite.run_together({"third": lambda seconds: ["echo", "third ..."]}, 60)
+    assert suite.failed == ["third: failed: 1 of 2"]
+    assert suite.summary[1].startswith("## third\n\nfailed: 1 of 2")
+    assert sorted(path.name for path in suite.folder.iterdir()) == ["state.json", "summary.md"]
+
+
+@pytest.mark.usefixtures("card")
+def test_an_archive_that_is_of_no_use_does_not_stop_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "kernels.tar.xz"
+    archive.touch()
+    monkeypatch.setattr(gpu, "STEPS", (Step("first", fine),))
+    monkeypatch.setattr(gpu, "_card_answers", lambda: True)
+    result = CliRunner().invoke(gpu.main, ["--kernels", str(archive)])
+    assert result.exit_code == 0
+    assert "compiled before: nothing: cannot unpack" in result.output
+
+
+@pytest.mark.usefixtures("card")
+def test_kernels_of_an_archive_are_put_in_place_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "kernels.tar.xz"
+    archive.touch()
+
+    def first(suite: Suite) -> str:
+        return suite.facts["compiled_before"]
+
+    monkeypatch.setattr(gpu, "STEPS", (Step("first", first),))
+    monkeypatch.setattr(gpu, "_card_answers", lambda: True)
+    monkeypatch.setattr(gpu, "unpack", lambda path: f"7 kernels from {path.name}")
+    result = CliRunner().invoke(gpu.main, ["--kernels", str(archive)])
+    assert result.exit_code == 0
+    assert result.output.startswith("compiled before: 7 kernels from kernels.tar.xz\n\nfirst ...\n7 kernels from")
+
+
+def test_time_is_left_to_what_is_timed(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long everything before it takes."""
+    given: list[float] = []
+    monkeypatch.setattr(gpu, "compile_on_all_cores", lambda seconds: given.append(seconds) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(Suite, "run_together", lambda suite, commands, seconds: given.append(seconds))
+    for minutes in (gpu.MINUTES, 4):
+        suite.ends = time.time() + 60 * minutes
+        gpu.compiled(suite)
+        suite.ends -= given[-1]
+        gpu._run_together(suite, ["first", "second"])
+        suite.ends -= given[-1]
+        assert suite.seconds_left > gpu.FOR_TIMES - 5
+    suite.ends = time.time() + gpu.FOR_TIMES + 5
+    assert gpu.tuned(suite).startswith("not measured: what time is left")
 
 
 def test_cases_without_time_are_counted(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,3 +153,41 @@ def test_what_a_command_says_is_told() -> None:
     code = "import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)"
     done = run_group([sys.executable, "-c", code], 60, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (done.returncode, done.stdout, done.stderr) == (3, "one\n", "two\n")
+
+
+def test_steps_side_by_side_are_told_in_their_order(suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that takes longer, one that fails, one that is gone without a word, and one that hangs."""
+    reported = """
+import sys, time
+from pathlib import Path
+from cflow_fast.bench.suite import Part
+part = Part.of(Path(sys.argv[1]), 60)
+time.sleep(float(sys.argv[3]))
+part.run(sys.argv[2], lambda part: sys.argv[4])
+part.store()
+"""
+    python = [sys.executable, "-c"]
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    commands = {
+        "slow": [*python, reported, str(suite.folder), "slow", "2", "fine"],
+        "wrong": [*python, reported, str(suite.folder), "wrong", "0", "failed: 3 of 4"],
+        "gone": [*python, "print('once'); print('why'); raise SystemExit(3)"],
+        "hangs": [*python, "import time; time.sleep(600)"],
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("cflow_fast.bench.suite.SLACK", 1.0)
+        patched.setenv("PYTHONPATH", path["PYTHONPATH"])
+        suite.run_together({name: lambda seconds, c=command: c for name, command in commands.items()}, 20)
+    assert [text.split("\n")[0] for text in suite.summary] == ["## slow", "## wrong"]
+    assert suite.failed == [
+        *("wrong: failed: 3 of 4", "gone: exit code 3: why", "hangs: exit code -9: no output"),
+    ]
+    told = capsys.readouterr().out
+    assert told.startswith("slow, wrong, gone, hangs, side by side ...\nslow ...\nfine\n(")
+    assert sorted(path.name for path in suite.folder.iterdir()) == ["state.json", "summary.md"]
+
+
+def test_steps_side_by_side_without_time_left_are_not_begun(suite: Suite) -> None:
+    suite.ends = time.time() + 1
+    suite.run_together({"late": lambda seconds: pytest.fail("it was begun")}, 60)
+    assert suite.failed == ["late: no time was left"]
