@@ -2,8 +2,9 @@
 
 Candidates for each kernel that a decoder launches are timed alone, the rule's and the shipped one first, then those
 that are counted fastest; after that in their place, decoders side by side, where a larger tile that is slower alone may
-leave the others more of the L2 cache; at last each decoder as a whole through Triton and through the plain path, in a
-CUDA graph each. What a card says comes from a `Timer`, so that everything here runs without one.
+leave the others more of the L2 cache, and where alone it shows whether laying a factor down first pays; at last each
+decoder as a whole through Triton and through the plain path, in a CUDA graph each. What a card says comes from a
+`Timer`, so that everything here runs without one.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ class _Search:
         until = time.monotonic() + (self.until - time.monotonic()) / 2
         sets = []
         for group in family:
-            if len(group) < 2 or time.monotonic() > until:
+            alone = len(group) < 2 and not any(p.kernel == "laying" for p in self._problems(group))
+            if alone or time.monotonic() > until:
                 continue
             try:
                 sets.append(self._timed_set(group))
@@ -195,7 +197,11 @@ class _Search:
                 for config in self._alternatives(problem):
                     if time.monotonic() > until:
                         return
+                    usual, before_it = self._configs([problem]), users[0].seconds
                     if self._is_faster_with(problem, config, users):
+                        if problem not in self.seconds:  # no launch alone told
+                            self.seconds[problem] = dict.fromkeys(usual.values(), before_it)
+                        self.seconds[problem].setdefault(config, users[0].seconds)
                         yield self._choose(problem, config, _label(users[0].group))
             if self.chosen == before:
                 break
@@ -225,6 +231,9 @@ class _Search:
 
     def _alternatives(self, problem: Problem) -> list[Config]:
         """Those that none of the timed ones beats both alone and in what it moves, the fastest first."""
+        if problem.kernel == "laying":
+            current = self.chosen.get(problem) or self._standard(problem)
+            return [config for config in candidates(problem, self.chip) if config != current]
         seconds, moved = self.seconds.get(problem, {}), self.bytes.get(problem, {})
         found: list[Config] = []
         for config in sorted(seconds, key=lambda config: (seconds[config], moved[config])):
@@ -292,7 +301,10 @@ class _Search:
         return {problem: config for problem, config in found.items() if config}
 
     def _problems(self, group: Sequence[Target]) -> list[Problem]:
-        return sorted({problem for target in group for problem in self.launches(target)})
+        found = {problem for target in group for problem in self.launches(target)}
+        with tuning.trying({}):
+            found |= {problem for target in group if (problem := target.laying(self.chip)) is not None}
+        return sorted(found)
 
 
 def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:

@@ -75,6 +75,16 @@ class Target:
                 groups.setdefault(problem, []).append(launch)
         return groups
 
+    def laying(self, chip: Chip) -> Problem | None:
+        """By what it is chosen whether x1 is laid down row by row; None where there is no choice."""
+        if self.permutations == "soft":
+            return None
+        coupling = next((problem for problem in self.launches(chip) if problem.kernel == "coupling"), None)
+        if coupling is None:
+            return None
+        problem = Problem("laying", coupling.precision, coupling.rows, coupling.numbers[1:])
+        return problem if len(candidates(problem, chip)) > 1 else None
+
     @property
     def _storage(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -195,7 +205,17 @@ def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]
                 for problem, launches in trial.items():
                     yield launches[places.setdefault(problem, most_frequent(launches))]
                     others += launches
+            others += _laid_otherwise(target, chip)
         yield from others
+
+
+def _laid_otherwise(target: Target, chip: Chip) -> list[Launch]:
+    with tuning.trying({}):
+        problem = target.laying(chip)
+    if problem is None:
+        return []
+    with tuning.trying({problem: candidates(problem, chip)[1]}):
+        return target.all_launches(chip)
 
 
 def trials(target: Target, chip: Chip, seen: set[Problem]) -> Iterator[dict[Problem, list[Launch]]]:

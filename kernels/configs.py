@@ -135,15 +135,20 @@ def select_scaling(width: int) -> ScalingConfig:
     return ScalingConfig(8192 // block_features, block_features)
 
 
-def lays_down(precision: str, rows: int, half: int) -> bool:
-    """Whether hard permutations lay x1 down row by row, in a launch of its own, for the product that takes it.
+@dataclass(frozen=True)
+class LayingConfig:
+    """Whether hard permutations lay x1 down row by row, in a launch of its own, for the product that takes it."""
 
-    Matrix units take factors of tf32 row by row alone. Read by index, where features lie one after another, such a
+    row_by_row: bool
+
+
+def select_laying(rows: int, half: int, precision: str) -> LayingConfig:
+    """Matrix units take factors of tf32 row by row alone. Read by index, where features lie one after another, such a
     product took 1.3 to 4.3 times as long on an H200 as the same one of rows (bench/results/nvidia-h200, WideResNet-50).
     In bf16, with 32 images at D = 512, 1024 and 2048, it took longer by 6, 4.5 and 7.4 us; a launch that lays x1 down
     is expected to take about 9, 4 and 3.
     """
-    return precision == "tf32" or (precision == "bf16" and half >= 1024 and rows >= 1024)
+    return LayingConfig(precision == "tf32" or (precision == "bf16" and half >= 1024 and rows >= 1024))
 
 
 Tile = tuple[int, int, int, int, int]
@@ -332,7 +337,7 @@ def _whole_flow_tiles(
 
 # What may be chosen from where it is predicted or measured.
 
-Config = LinearConfig | CouplingConfig | WholeFlowConfig | TailConfig
+Config = LinearConfig | CouplingConfig | LayingConfig | WholeFlowConfig | TailConfig
 
 
 class Problem(NamedTuple):
@@ -347,6 +352,7 @@ class Problem(NamedTuple):
 NUMBERS = {
     "linear": ("inputs", "outputs", "second"),
     "coupling": ("inputs", "half"),
+    "laying": ("half",),
     "whole_flow": ("features", "own_condition", "hard"),
     "tail": ("scales", "height", "width"),
 }
@@ -376,6 +382,9 @@ def rule(problem: Problem, chip: Chip) -> Config | None:
         case "coupling":
             inputs, half = numbers
             return select_coupling(rows, inputs, half, precision, chip)
+        case "laying":
+            (half,) = numbers
+            return select_laying(rows, half, precision)
         case "whole_flow":
             features, own_condition, hard = numbers
             return select_whole_flow(chip.capability, features, rows, precision, bool(own_condition), bool(hard))
@@ -406,6 +415,8 @@ def candidates(problem: Problem, chip: Chip) -> list[Config]:
                     continue
                 config = CouplingConfig(block_rows, block_out // 2, block_k, warps, stages, split_k, programs=programs)
                 found.append(config)
+        case "laying":
+            found += [LayingConfig(row_by_row) for row_by_row in (False, True) if precision == "bf16"]
         case "whole_flow":
             features, own_condition, hard = numbers
             found += _whole_flow_tiles(chip.capability, features, precision, bool(own_condition), bool(hard))

@@ -3,7 +3,7 @@
 Products read a factor once per tile of outputs. The caller's features, where they would be rounded each time or lie
 feature by feature where a state is row-major, are read here once and written in the state's own strides. And what hard
 permutations leave feature by feature is laid down row by row where reading it by index takes longer
-(`configs.lays_down`).
+(`configs.select_laying`).
 """
 
 # mypy: allow-untyped-defs, disable-error-code="assignment, var-annotated"

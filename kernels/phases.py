@@ -23,7 +23,6 @@ from cflow_fast.kernels.configs import (
     PackingConfig,
     ReductionConfig,
     begins_early,
-    lays_down,
     select_scaling,
 )
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
@@ -36,7 +35,7 @@ from cflow_fast.kernels.reduction import reduction_launch
 from cflow_fast.kernels.rows import Rows, loose_rows
 from cflow_fast.kernels.scaling import Bound, Factors, scaling_launch
 from cflow_fast.kernels.state import HardState, ScaledSoftState, SoftState
-from cflow_fast.kernels.tuning import select_coupling, select_linear
+from cflow_fast.kernels.tuning import select_coupling, select_laying, select_linear
 
 ROW_PADDING = 128
 """Workspaces have whole tiles of rows: no tile is higher than this."""
@@ -70,7 +69,7 @@ class Phases:
             in_two = in_two_parts(prepared.precision) or not prepared.hard
             self.factors = Factors(rows, self.padded_rows, widest, in_two, prepared.device)
         self.x1 = None
-        if prepared.hard and lays_down(prepared.precision, rows, half):
+        if prepared.hard and select_laying(rows, half, prepared.precision, chip).row_by_row:
             self.x1 = Rows(self.empty(self.padded_rows, half), rows, half, half, 1)
         self.bias: HiddenBias = None
         self.hidden = self._hidden_rows(hidden)

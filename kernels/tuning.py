@@ -5,7 +5,8 @@
     the rules of `configs`
 
 A table answers for a power of two of rows, for all numbers of them up to it and above the one before. It changes the
-shape of tiles and nothing else: what it names has to be among `configs.candidates`, whoever wrote it.
+shape of tiles, whether a factor is laid down first, and nothing else: what it names has to be among
+`configs.candidates`, whoever wrote it.
 Tables are read once in a process; a choice is then found as fast as in a dict. A table that cannot be read is said
 once and passed over.
 """
@@ -32,6 +33,7 @@ from cflow_fast.kernels.configs import (
     TAIL_PRECISION,
     Config,
     CouplingConfig,
+    LayingConfig,
     LinearConfig,
     Problem,
     TailConfig,
@@ -44,7 +46,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 REMEMBERED = 16384
 """Choices that are kept; rows are any number."""
 
-Some = TypeVar("Some", LinearConfig, CouplingConfig, TailConfig, WholeFlowConfig)
+Some = TypeVar("Some", LinearConfig, CouplingConfig, LayingConfig, TailConfig, WholeFlowConfig)
 
 _trial: ContextVar[Mapping[Problem, Config] | None] = ContextVar("trial", default=None)
 _lock = threading.Lock()
@@ -60,6 +62,11 @@ def select_linear(
 def select_coupling(rows: int, inputs: int, half: int, precision: str, chip: Chip) -> CouplingConfig:
     problem = Problem("coupling", precision, rows, (inputs, half))
     return _tuned(problem, chip, CouplingConfig) or configs.select_coupling(rows, inputs, half, precision, chip)
+
+
+def select_laying(rows: int, half: int, precision: str, chip: Chip) -> LayingConfig:
+    problem = Problem("laying", precision, rows, (half,))
+    return _tuned(problem, chip, LayingConfig) or configs.select_laying(rows, half, precision)
 
 
 def select_whole_flow(

@@ -19,6 +19,7 @@ from cflow_fast.kernels.configs import (
     NUMBERS,
     Config,
     CouplingConfig,
+    LayingConfig,
     LinearConfig,
     Problem,
     TailConfig,
@@ -31,6 +32,7 @@ BACKENDS = ("triton", "plain")
 _CONFIGS: dict[str, type[Any]] = {
     "linear": LinearConfig,
     "coupling": CouplingConfig,
+    "laying": LayingConfig,
     "whole_flow": WholeFlowConfig,
     "tail": TailConfig,
 }
@@ -54,7 +56,7 @@ class DecoderProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Microseconds of a launch: predicted, measured."""
+    """Microseconds of a launch, or of decoders side by side where no launch alone can tell: predicted, measured."""
 
     config: Config
     predicted_us: float | None = None

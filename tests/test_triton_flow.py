@@ -20,6 +20,7 @@ from cflow_fast.kernels.configs import (
     OPERAND_BYTES,
     SHARED_MEMORY,
     CouplingConfig,
+    LayingConfig,
     LinearConfig,
     Problem,
     candidates,
@@ -191,7 +192,7 @@ def test_kernels_stay_in_bounds_and_depend_on_nothing_unwritten(precision: str, 
 def test_laying_a_half_down_row_by_row_changes_no_bit(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for lays_down in (False, True):
-        monkeypatch.setattr(phases, "lays_down", lambda *_, lays_down=lays_down: lays_down)
+        monkeypatch.setattr(phases, "select_laying", lambda *_, lays_down=lays_down: LayingConfig(lays_down))
         torch.manual_seed(0)
         flows = Flows("hard", precision, 41)
         maps, (z, c) = flows.maps(2, 5, 7), flows.rows(9)

@@ -32,7 +32,7 @@ from cflow_fast.bench.tune import LIGHT, PATIENCE, TIE, Finding, LostCardError, 
 from cflow_fast.bench.tune_targets import Target, candidate_launches, families_of, model_targets, targets, trials
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import Config, Problem, candidates, rule
+from cflow_fast.kernels.configs import Config, LayingConfig, Problem, candidates, rule
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.tuning_table import Choice, DecoderProblem, Entry, Table
 from cflow_fast.kernels.weights import SoftMixing
@@ -429,3 +429,56 @@ def test_decoders_are_timed_both_ways_and_side_by_side(permutations: str, monkey
     assert not results, "nothing runs before it is asked"
     assert min(seconds({problem: config}) for config in (other, other)) >= 1e-4
     assert [len(each) for each in results] == [2, 2]
+
+
+HARD = replace(WIDE, permutations="hard", beside="one model")
+LAYING = Problem("laying", "bf16", 64, (256,))
+LAID_DOWN, INDEXED = LayingConfig(True), LayingConfig(False)
+
+
+@pytest.mark.parametrize("group", [(HARD,), (HARD, replace(HARD, features=768))], ids=["alone", "side by side"])
+@pytest.mark.parametrize("laid_down", [0.9e-4, 1.1e-4], ids=["faster", "slower"])
+def test_a_factor_is_laid_down_where_that_makes_decoders_faster(group: tuple[Target, ...], laid_down: float) -> None:
+    def in_place(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        return laid_down if chosen[LAYING] == LAID_DOWN else 1e-4
+
+    timer = StubTimer(in_place=in_place)
+    table = table_of(measured(timer, *group), CHIP.name, 132, {})
+    if laid_down > 1e-4:
+        assert LAYING not in table.kernels
+        return
+    assert table.kernels[LAYING] == Entry(LAID_DOWN, None, 90.0)
+    assert all(chosen[LAYING] == LAID_DOWN for chosen in timer.decoders), "decoders are timed as chosen"
+    assert timer.compared[0][0][LAYING] == INDEXED
+
+
+def test_what_was_laid_down_in_vain_is_given_back() -> None:
+    def in_place(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        return 0.9e-4 if chosen[LAYING] == LAID_DOWN else 1e-4
+
+    timer = StubTimer(in_place=in_place, faster=Ratio(0.9, 0.85, 0.95))
+    table = table_of(measured(timer, HARD), CHIP.name, 132, {})
+    assert table.kernels[LAYING] == Entry(INDEXED, None, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "choice"),
+    [(HARD, True), (WIDE, False), (NARROW, False), (replace(HARD, precision="tf32"), False)],
+    ids=["hard", "soft", "whole in one kernel", "tf32"],
+)
+def test_only_hard_permutations_in_bf16_leave_a_choice(target: Target, choice: bool) -> None:
+    with tuning.trying({}):
+        assert (target.laying(CHIP) is not None) == choice
+
+
+def test_what_a_table_says_of_laying_is_launched() -> None:
+    def names() -> set[str]:
+        return {launch.kernel.__name__ for launch in HARD.all_launches(CHIP)}
+
+    with tuning.trying({}):
+        assert HARD.laying(CHIP) == LAYING
+        assert "packing_kernel" not in names()
+    with tuning.trying({LAYING: LAID_DOWN}):
+        assert "packing_kernel" in names()
+    compiled = {launch.kernel.__name__ for launch in candidate_launches([HARD], CHIP)}
+    assert "packing_kernel" in compiled
