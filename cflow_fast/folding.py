@@ -27,8 +27,9 @@ ROTATION_RESIDUAL = 1e-9
 """How far what the decomposition makes of random vectors may be from what the permutation does; float32's own rounding
 is 3e-8 a number."""
 
-ROUNDED = 2**-8
-"""How far rounding moves a number of a permutation at most: bf16's twice."""
+ROUNDED = 3e-7
+"""Root mean square of how far a row of a rotation is from that of the orthogonal matrix that is folded in its place:
+several times what float32's rounding moves it by. A matrix that is farther from one is folded as it is."""
 
 SMALL = 1e-2
 """Cosines and sines that are found with all their digits where a decomposition is made with care."""
@@ -222,7 +223,7 @@ class _CosineSine:
         cosine, v1 = squared.clamp(0, 1).sqrt(), vectors
         upper = p[:h, :h] @ v1
         u1 = upper / upper.norm(dim=0)
-        if count := int((squared < small**2).sum()):
+        if count := int((squared < small**2).sum()) if small else 0:
             basis = _complement(u1[:, count:])
             x, values, turn = torch.linalg.svd(basis.T @ upper[:, :count])
             u1[:, :count], cosine[:count] = basis @ x.flip(1), values.flip(0)
@@ -264,16 +265,13 @@ def _eigh(symmetric: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         torch.set_num_threads(threads)
 
 
-def _orthogonalised(matrix: Tensor, sure: bool = False) -> Tensor:
-    """The nearest orthogonal matrix to one that was rounded, by Newton-Schulz steps, each squaring the deviation.
-
-    sure: to the last digit, by steps of float64 alone.
-    """
+def _orthogonalised(matrix: Tensor) -> Tensor:
+    """The nearest orthogonal matrix to one that was rounded, by Newton-Schulz steps, each squaring the deviation."""
     for _ in range(3):
         excess = matrix.T @ matrix
         excess.diagonal().sub_(1.0)
         deviation = excess.norm()
-        if deviation < 1e-5 and not sure:  # at once for a rotation rounded to float32: what is left is under 1e-10
+        if deviation < 1e-5:  # at once for a rotation rounded to float32: what is left is under 1e-10
             return matrix - 0.5 * (matrix.float() @ excess.float()).double()  # 1e-7 of 1e-5 is under that too
         matrix = torch.addmm(matrix, matrix, excess, alpha=-0.5)
     return matrix
@@ -285,17 +283,16 @@ def _complement(columns: Tensor) -> Tensor:
 
 
 def _decompositions(matrices: Sequence[Tensor], h: int) -> list[_CosineSine] | None:
-    """h rows in the first half. None where a matrix is no rotation, nor one that was rounded."""
+    """h rows in the first half. None where a matrix is no rotation but for float32's rounding."""
     exact = [_orthogonalised(matrix) for matrix in matrices]
-    if not all((p - matrix).abs().max() <= ROUNDED for p, matrix in zip(exact, matrices, strict=True)):
+    if not all((p - matrix).norm() <= ROUNDED * len(p) ** 0.5 for p, matrix in zip(exact, matrices, strict=True)):
         return None
     pairs = _eigh([_gram(p, h) for p in exact])
     found = [_CosineSine(p, h, *pair) for p, pair in zip(exact, pairs, strict=True)]
     for i, p in enumerate(exact):  # of random rotations one in a few hundred
         if found[i].residual >= ROTATION_RESIDUAL:
-            again = _orthogonalised(p, sure=True)
-            squared, vectors = torch.linalg.eigh(_gram(again, h))
-            found[i] = _CosineSine(again, h, squared, vectors, small=SMALL)
+            squared, vectors = torch.linalg.eigh(_gram(p, h))
+            found[i] = _CosineSine(p, h, squared, vectors, small=SMALL)
     return found if all(each.residual < ROTATION_RESIDUAL for each in found) else None
 
 

@@ -80,7 +80,9 @@ def _halves_apart(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("features", [12, 13])
-@pytest.mark.parametrize("matrix", ["halves that map onto themselves", "identity", "permutation"])
+@pytest.mark.parametrize(
+    "matrix", ["halves that map onto themselves", "identity", "permutation", "a few that turn, permuted"]
+)
 def test_soft_permutation_that_turns_nothing_folds_as_a_rotation_too(features: int, matrix: str) -> None:
     decoder = exact_decoder(features, permute_soft=True)
     blocks: Any = decoder.blocks
@@ -88,6 +90,9 @@ def test_soft_permutation_that_turns_nothing_folds_as_a_rotation_too(features: i
         "halves that map onto themselves": torch.linalg.qr(_halves_apart(features)).Q,
         "identity": torch.eye(features, dtype=torch.float64),
         "permutation": torch.eye(features, dtype=torch.float64)[torch.randperm(features)],
+        "a few that turn, permuted": torch.block_diag(
+            torch.linalg.qr(random_rotation(4).double()).Q, torch.eye(features - 4, dtype=torch.float64)
+        )[torch.randperm(features)],
     }[matrix]
     mixing = fold_weights(decoder, torch.float64).mixing
     assert isinstance(mixing, SoftMixing)
@@ -95,15 +100,39 @@ def test_soft_permutation_that_turns_nothing_folds_as_a_rotation_too(features: i
     assert_folds_exactly(decoder)
 
 
-@pytest.mark.parametrize("scale", [1.05, 2.0, 3.0, float("nan")])
-def test_soft_permutation_that_is_no_rotation_folds_as_the_matrix_that_it_is(scale: float) -> None:
-    decoder = exact_decoder(12, permute_soft=True)
+@pytest.mark.parametrize("turning", [4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_turns_a_few_and_permutes_all_has_a_decomposition(turning: int, seed: int) -> None:
+    """Half of its cosines are exactly zero, and eigenvalues that rounding made negative are among them."""
+    torch.manual_seed(seed)
+    matrix = torch.block_diag(torch.linalg.qr(torch.randn(turning, turning)).Q, torch.eye(64 - turning))
+    matrix = matrix[torch.randperm(64)].double()
+    found = _decompositions([matrix], 32)
+    assert found is not None
+    torch.testing.assert_close(found[0].times(torch.eye(64).double()), matrix, rtol=0, atol=1e-6)
+
+
+NO_ROTATIONS = {
+    "a little longer": lambda matrix: 1.0001 * matrix,
+    "twice as long": lambda matrix: 2 * matrix,
+    "three times as long": lambda matrix: 3 * matrix,
+    "shorter in one direction": lambda matrix: matrix - 0.001 * matrix[:, :1] @ matrix[:, :1].T @ matrix,
+    "rounded to float16": lambda matrix: matrix.half().double(),
+    "rounded to bfloat16": lambda matrix: matrix.bfloat16().double(),
+    "not finite": lambda matrix: torch.nan * matrix,
+}
+
+
+@pytest.mark.parametrize("features", [12, 320])
+@pytest.mark.parametrize("change", NO_ROTATIONS)
+def test_soft_permutation_that_is_no_rotation_folds_as_the_matrix_that_it_is(features: int, change: str) -> None:
+    decoder = exact_decoder(features, permute_soft=True)
     blocks: Any = decoder.blocks
-    blocks[1].rotation *= scale
+    blocks[1].rotation = NO_ROTATIONS[change](blocks[1].rotation)
     mixing = fold_weights(decoder, torch.float64).mixing
     assert isinstance(mixing, SoftMixing)
     assert mixing.matrices == 4
-    if scale == scale:
+    if change != "not finite":
         assert_folds_exactly(decoder)
 
 
