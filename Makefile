@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typed
 CARD := build/card
+THAT_PYTHON = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 ANOMALIB := build/anomalib
 PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 BESIDE := 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))'
@@ -12,8 +13,11 @@ BESIDE := 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfi
 # cflow_fast with kernels and bench in it, as it is installed, without an installation: a folder to import it from.
 define linked
 rm -rf $(1) && mkdir -p $(1)/cflow_fast
-ln -s $(CURDIR)/cflow_fast/* $(CURDIR)/kernels $(CURDIR)/bench $(1)/cflow_fast
+ln -s "$(CURDIR)"/cflow_fast/* "$(CURDIR)/kernels" "$(CURDIR)/bench" $(1)/cflow_fast
 endef
+
+# A path that is given from here, which may have spaces in it.
+absolute = $(if $(filter /%,$(firstword $(1))),$(1),$(CURDIR)/$(1))
 
 .PHONY: demo test test-real test-anomalib lint format bench-cpu aot gpu gpu-kernels parity clean
 OTHER_TRITON := 3.6.0
@@ -72,17 +76,17 @@ build/triton-$(OTHER_TRITON): $(READY)
 gpu:
 	$(call linked,$(CARD))
 	cd $(CARD) && TRITON_INTERPRET=0 PYTHONPATH="$(CURDIR)/$(CARD)$${PYTHONPATH:+:$$PYTHONPATH}" \
-	    $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m cflow_fast.bench.gpu \
-	    $(if $(OUTPUT),--output "$(abspath $(OUTPUT))") $(if $(PACK),--pack "$(abspath $(PACK))") \
-	    $(if $(KERNELS),--kernels "$(abspath $(KERNELS))") $(SUITE)
+	    $(THAT_PYTHON) -m cflow_fast.bench.gpu \
+	    $(if $(OUTPUT),--output "$(call absolute,$(OUTPUT))") $(if $(PACK),--pack "$(call absolute,$(PACK))") \
+	    $(if $(KERNELS),--kernels "$(call absolute,$(KERNELS))") $(SUITE)
 
 # What `make gpu` launches, compiled here for a card elsewhere (SUITE: options that say which): with PYTHON, which has to
-# have the versions of Python and Triton that are there, and the other packages.
-gpu-kernels:
+# have the versions of Python and Triton that are there, and the other packages; unless it is given, with the tests'.
+gpu-kernels: $(if $(filter file,$(origin PYTHON)),$(READY))
 	$(call linked,$(CARD))
 	cd $(CARD) && env -u TRITON_INTERPRET PYTHONPATH="$(CURDIR)/$(CARD)$${PYTHONPATH:+:$$PYTHONPATH}" \
-	    $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m cflow_fast.bench.ahead \
-	    "$(abspath $(or $(KERNELS),build/gpu-kernels.tar.xz))" --cache "$(CURDIR)/build/gpu-kernels" $(SUITE)
+	    $(if $(filter file,$(origin PYTHON)),"$(CURDIR)/$(BIN)/python",$(THAT_PYTHON)) -m cflow_fast.bench.ahead \
+	    "$(call absolute,$(or $(KERNELS),build/gpu-kernels.tar.xz))" --cache "$(CURDIR)/build/gpu-kernels" $(SUITE)
 
 parity: $(READY)
 	$(BIN)/cflow-fast parity

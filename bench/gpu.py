@@ -45,7 +45,7 @@ from cflow_fast.bench.machine import file_name
 from cflow_fast.bench.maps import MapCase
 from cflow_fast.bench.measurement import Effort
 from cflow_fast.bench.planned import FIRST_SIZES, NARROW_SIZES, TUNED, WIDE_SIZES
-from cflow_fast.bench.processes import run_group
+from cflow_fast.bench.processes import end_groups_when_told, run_group
 from cflow_fast.bench.results import Results, write_results
 from cflow_fast.bench.roofline import measure_roofline
 from cflow_fast.bench.session import Session, line_up
@@ -112,18 +112,18 @@ def roofline(suite: Suite) -> str:
 def _parity(suite: Suite, name: str, sizes: Sequence[int]) -> str:
     """Every precision and way of decoders with random parameters against float64, for as long as there is time."""
     decoders = [(features, permute_soft) for features in sizes for permute_soft in (False, True)]
-    until = time.monotonic() + suite.seconds_left - 10
     rows: list[parity.Row] = []
-    compared = 0
-    try:
-        for features, permute_soft in decoders:
-            if time.monotonic() > until:
-                break
+    compared, longest = 0, 10.0
+    for features, permute_soft in decoders:
+        if suite.seconds_left < longest:
+            break
+        began = time.monotonic()
+        try:
             for row in parity.check(parity.random_case(features, permute_soft, device=CARD)):
                 rows.append(row)
-            compared += 1
-    finally:  # what was compared before a failure is worth having
-        suite.write_json(name, [row.as_dict() for row in rows])
+        finally:  # what was compared before a failure is worth having
+            suite.write_json(name, [row.as_dict() for row in rows])
+        compared, longest = compared + 1, max(longest, time.monotonic() - began)
     note = "" if compared == len(decoders) else f"; {compared} of {len(decoders)} decoders, for want of time"
     if not compared:
         return "not measured: no time was left"
@@ -406,17 +406,19 @@ def _run_together(suite: Suite, names: list[str]) -> None:
     """In processes of their own, so that what breaks one of them breaks no other."""
 
     def part(name: str, seconds: float) -> list[str]:
-        options = ["--part", name, "--output", str(suite.folder), "--minutes", f"{max(1.0, seconds / 60):.3f}"]
+        options = ["--part", name, "--output", str(suite.folder), "--minutes", f"{seconds / 60:.3f}"]
         return [sys.executable, "-m", "cflow_fast.bench.gpu", *options]
 
-    seconds = max(LEAST_CHECKING, min(MOST_CHECKING, suite.seconds_left - FOR_TIMES))
+    seconds = min(suite.seconds_left, max(LEAST_CHECKING, min(MOST_CHECKING, suite.seconds_left - FOR_TIMES)))
+    ends = time.monotonic() + seconds
     roomy = torch.cuda.get_device_properties(CARD).total_memory >= TOGETHER_BYTES
     for some in [names] if roomy else [[name] for name in names]:
-        suite.run_together({name: partial(part, name) for name in some}, seconds * len(some) / len(names))
+        suite.run_together({name: partial(part, name) for name in some}, ends - time.monotonic())
 
 
 def _run_part(name: str, suite: Part) -> None:
     step = next(step for step in STEPS if step.name == name)
+    end_groups_when_told()
     with watched(suite):
         suite.run(step.name, step.run)
         suite.store()
@@ -425,7 +427,7 @@ def _run_part(name: str, suite: Part) -> None:
 def _unpacked(archive: Path) -> str:
     """One that is of no use is no reason to stop."""
     try:
-        words = unpack(archive)
+        words = unpack(archive, torch.cuda.get_device_capability(CARD))
     except CFlowFastError as error:
         words = f"nothing: {error}"
     print(f"compiled before: {words}\n", flush=True)

@@ -19,24 +19,35 @@ LONGEST = 300.0
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
+GRACE = 3.0
+"""Seconds for a process that has groups of its own to end them."""
+
 _running: dict[int, subprocess.Popen[str]] = {}
 """Those that `group` has not left yet, by process id, which is their group's too."""
+_with_groups: set[int] = set()
+"""Those of them that have groups of their own, which no signal to theirs reaches."""
 
 
 @contextmanager
-def group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process in a group of its own; whatever is left of the group is killed on leaving."""
+def group(command: Sequence[str], has_groups: bool = False, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process in a group of its own; whatever is left of the group is killed on leaving.
+
+    has_groups: it is told first, by SIGTERM, and given a moment: see `end_groups_when_told`.
+    """
     process = subprocess.Popen(command, text=True, start_new_session=True, **options)
     _running[process.pid] = process
+    if has_groups:
+        _with_groups.add(process.pid)
     try:
         yield process
     finally:
-        kill_group(process)
+        kill(process)
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
         del _running[process.pid]
+        _with_groups.discard(process.pid)
 
 
 def run_group(command: Sequence[str], seconds: float, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -48,13 +59,36 @@ def run_group(command: Sequence[str], seconds: float, **options: Any) -> subproc
 
 def kill_groups() -> None:
     """For a process that is about to end without leaving what it is in."""
-    for process in list(_running.values()):
-        kill_group(process)
+    kill(*_running.values())
+
+
+def end_groups_when_told() -> None:
+    """On SIGTERM this process ends with all that it started."""
+
+    def end(*_: object) -> None:
+        kill_groups()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):  # it ended, and left nothing
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill(*processes: subprocess.Popen[str]) -> None:
+    """With their groups, and with the groups that they have."""
+    told = [process for process in processes if process.pid in _with_groups and process.poll() is None]
+    for process in told:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
+    ends = time.monotonic() + GRACE
+    for process in told:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, ends - time.monotonic()))
+    for process in processes:
+        kill_group(process)
 
 
 _work: tuple[Callable[[Any], Any], Sequence[Any]]

@@ -17,12 +17,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from cflow_fast.bench.processes import group, kill_group, kill_groups
+from cflow_fast.bench.processes import group, kill, kill_groups
 from cflow_fast.files import atomic_path, write_text
 
 LEAST_SECONDS = 10.0
@@ -45,6 +45,7 @@ class Suite:
     failed: list[str] = field(default_factory=list)
     pack: Path | None = None  # an archive of the folder, made anew with every summary
     doing: str = ""  # the step that was begun last
+    waiting: list[str] = field(default_factory=list, compare=False)  # steps whose processes are waited for
 
     @property
     def seconds_left(self) -> float:
@@ -79,34 +80,43 @@ class Suite:
         self.doing = ", ".join(commands)
         print(f"{self.doing}, side by side ...", flush=True)
         self.store()
+        self.waiting = list(commands)
         ends = time.monotonic() + seconds + 3 * SLACK  # a process has its own end, and ends itself after it
-        logs: dict[str, IO[str]] = {}
         with ExitStack() as stack:
-            processes = {}
+            running = {}
             for name, command in commands.items():
-                logs[name] = stack.enter_context(tempfile.TemporaryFile("w+"))  # a pipe that nobody reads fills up
-                output = {"stdout": logs[name], "stderr": subprocess.STDOUT}
-                processes[name] = stack.enter_context(group(command(seconds), **output))
-            for name, process in processes.items():
-                try:
+                _report(self.folder, name).unlink(missing_ok=True)  # of a run that was ended before it was taken over
+                log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+                output: dict[str, Any] = {
+                    "stdout": log,
+                    "stderr": subprocess.STDOUT,
+                }  # a pipe that nobody reads fills up
+                running[name] = stack.enter_context(group(command(seconds), has_groups=True, **output)), log
+            for name, (process, log) in running.items():
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=max(0.1, ends - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    kill_group(process)
-                self._take_over(name, process.wait(), logs[name])
+                if process.poll() is None:
+                    kill(process)
+                log.seek(0)
+                told = log.read().strip()
+                print(f"{told}\n", flush=True)
+                self._take_over(name, process.wait(), (told.splitlines() or ["no output"])[-1])
 
-    def _take_over(self, name: str, code: int, log: IO[str]) -> None:
-        log.seek(0)
-        told = log.read().strip()
-        print(f"{told}\n", flush=True)
+    def take_over_the_rest(self) -> None:
+        """What parts that are waited for have found by now, when the time is over."""
+        for name in list(self.waiting):
+            self._take_over(name, 1, "still at it when the time was over")
+
+    def _take_over(self, name: str, code: int, last: str) -> None:
+        """code, last: the process's exit code, and its last line, which count where it left no report."""
+        self.waiting.remove(name)
         report = _report(self.folder, name)
-        if not report.exists():
-            last = (told.splitlines() or ["no output"])[-1]
-            self.failed.append(f"{name}: exit code {code}: {last}")
-            return
-        found = json.loads(report.read_text())
-        report.unlink()
+        found = json.loads(report.read_text()) if report.exists() else {"summary": [], "failed": []}
+        report.unlink(missing_ok=True)
         self.summary += found["summary"]
         self.failed += found["failed"]
+        if not found["failed"] and (code or not found["summary"]):
+            self.failed.append(f"{name}: exit code {code}: {last}")
 
     def store(self) -> None:
         command = self.facts.get("command", "make gpu")
@@ -131,7 +141,7 @@ class Suite:
 
     def _archive(self, path: Path) -> None:
         with atomic_path(path) as temporary:
-            files = [each for each in sorted(self.folder.iterdir()) if each.is_file()]
+            files = [each for each in sorted(self.folder.glob("[!.]*")) if each.is_file()]  # the others come and go
             with tarfile.open(temporary, "w:gz") as archive:
                 for each in files:
                     if each.resolve() not in (path.resolve(), temporary.resolve()):
@@ -175,11 +185,14 @@ def watched(suite: Suite) -> Iterator[None]:
 def _give_up(suite: Suite) -> None:
     try:
         faulthandler.dump_traceback(file=STDERR)
-        suite.failed.append(f"{suite.doing}: still at it when the time was over")
-        print(f"{suite.failed[-1]}; see {suite.folder / 'summary.md'}", flush=True)
+        if suite.waiting:
+            suite.take_over_the_rest()
+        else:
+            suite.failed.append(f"{suite.doing}: still at it when the time was over")
+        print(f"{suite.doing}: the time is over; see {suite.folder / 'summary.md'}", flush=True)
         suite.store()
     finally:
-        kill_groups()
+        kill_groups()  # not before: what waits for them would go on
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(1)

@@ -53,7 +53,7 @@ def compile_on_all_cores(seconds: float) -> str:
     told: list[str] = []
     stopped, wrong = 0, []
     with ExitStack() as stack:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         for process in [stack.enter_context(group(command, **pipes)) for command in commands]:
             try:
                 output, errors = process.communicate(timeout=max(0.1, ends - time.monotonic()))

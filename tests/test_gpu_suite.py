@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -296,9 +297,13 @@ def test_what_times_nothing_runs_side_by_side_where_there_is_room(
     monkeypatch.setattr(gpu, "_card_answers", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
     monkeypatch.setattr(Suite, "run_together", run)
+    clock = iter([0.0, 0.0, 130.0])  # the first of two takes as long
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
     assert CliRunner().invoke(gpu.main, ["--leave-out", "second"]).exit_code == 0
     assert [list(some) for some in together] == ([["first", "third"]] if memory > 40e9 else [["first"], ["third"]])
-    minutes = gpu.MOST_CHECKING / 60 / len(together)
+    if memory < 40e9:
+        assert together[1]["third"][-1] == "0.333", "what is left of the time for all"
+    minutes = gpu.MOST_CHECKING / 60
     options = ["--output", str(tmp_path / "results/nvidia-h100-80gb-hbm3"), "--minutes", f"{minutes:.3f}"]
     assert together[0]["first"][1:] == ["-m", "cflow_fast.bench.gpu", "--part", "first", *options]
     summary = (tmp_path / "results/nvidia-h100-80gb-hbm3/summary.md").read_text()
@@ -313,14 +318,21 @@ def test_a_part_leaves_what_it_found_to_the_process_that_waits(suite: Suite, mon
         assert part.facts["roofline"] == 7
         return "failed: 1 of 2"
 
+    watched: list[Suite] = []
+    monkeypatch.setattr(gpu, "watched", lambda part: watched.append(part) or contextlib.nullcontext())
+    monkeypatch.setattr(gpu, "end_groups_when_told", lambda: watched.append(suite))
     monkeypatch.setattr(gpu, "STEPS", (*SIDE_BY_SIDE[:2], Step("third", third, together=True)))
     suite.facts["roofline"] = 7
     suite.run("before", fine)
     suite.store()
     result = CliRunner().invoke(gpu.main, ["--part", "third", "--minutes", "1", "--output", str(suite.folder)])
     assert result.exit_code == 0, result.output
+    assert watched[0] is suite
+    assert isinstance(watched[1], Part)
     assert Suite.stored(suite.folder) == suite
-    suite.run_together({"third": lambda seconds: ["echo", "third ..."]}, 60)
+    report = suite.folder / ".third.json"
+    kept = report.rename(suite.folder.parent / "report.json")
+    suite.run_together({"third": lambda seconds: ["cp", str(kept), str(report)]}, 60)
     assert suite.failed == ["third: failed: 1 of 2"]
     assert suite.summary[1].startswith("## third\n\nfailed: 1 of 2")
     assert sorted(path.name for path in suite.folder.iterdir()) == ["state.json", "summary.md"]
@@ -349,10 +361,12 @@ def test_kernels_of_an_archive_are_put_in_place_before_anything_else(
 
     monkeypatch.setattr(gpu, "STEPS", (Step("first", first),))
     monkeypatch.setattr(gpu, "_card_answers", lambda: True)
-    monkeypatch.setattr(gpu, "unpack", lambda path: f"7 kernels from {path.name}")
+    monkeypatch.setattr(gpu, "unpack", lambda path, capability: f"7 kernels for {capability} from {path.name}")
     result = CliRunner().invoke(gpu.main, ["--kernels", str(archive)])
     assert result.exit_code == 0
-    assert result.output.startswith("compiled before: 7 kernels from kernels.tar.xz\n\nfirst ...\n7 kernels from")
+    assert result.output.startswith(
+        "compiled before: 7 kernels for (9, 0) from kernels.tar.xz\n\nfirst ...\n7 kernels for"
+    )
 
 
 def test_time_is_left_to_what_is_timed(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
