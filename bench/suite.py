@@ -86,11 +86,9 @@ class Suite:
             running = {}
             for name, command in commands.items():
                 _report(self.folder, name).unlink(missing_ok=True)  # of a run that was ended before it was taken over
+                # A file: a pipe that nobody reads fills up.
                 log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
-                output: dict[str, Any] = {
-                    "stdout": log,
-                    "stderr": subprocess.STDOUT,
-                }  # a pipe that nobody reads fills up
+                output: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
                 running[name] = stack.enter_context(group(command(seconds), has_groups=True, **output)), log
             for name, (process, log) in running.items():
                 with suppress(subprocess.TimeoutExpired):

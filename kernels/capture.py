@@ -86,6 +86,7 @@ class GraphCache:
         self._seen: set[Key] = set()
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._failures: Counter[Key] = Counter()
+        self._told = False  # that a capture failed
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -105,6 +106,7 @@ class GraphCache:
         """Drop every graph and its memory, after the card has finished with it."""
         with self._lock:
             self._failures.clear()
+            self._told = False
             self._seen.clear()
             self._keep_at_most(0)
 
@@ -139,6 +141,7 @@ class GraphCache:
             if graph is None:
                 self._failures[key] += 1
                 return
+            self._failures.pop(key, None)  # it may be dropped and come again
             self._graphs[key] = graph
             self._keep_at_most(self.capacity)
 
@@ -148,7 +151,8 @@ class GraphCache:
             with torch.cuda.stream(current):  # which a capture that fails does not always come back to
                 return _Graph(self.function, inputs)
         except RuntimeError as error:
-            if not self._failures:
+            if not self._told:
+                self._told = True
                 warnings.warn(f"no CUDA graph could be captured, running without one: {_reason(error)}", stacklevel=5)
             return None
 

@@ -356,6 +356,24 @@ def test_a_capture_that_failed_is_tried_again_but_not_for_ever(card: Card, cache
     assert [action for _, action in card.log].count("replay") == 1
 
 
+def test_failures_before_a_capture_do_not_count_against_the_next_one(card: Card, cache: GraphCache) -> None:
+    """Of a layout whose graph was dropped for others, and that comes again."""
+
+    def fail_and_succeed() -> None:
+        for size, refused in ((2, capture.CAPTURE_ATTEMPTS - 1), (2, 0), (3, 0), (4, 0), (2, 1)):
+            card.refuses_capture = refused > 0
+            for _ in range(max(1, refused)):
+                cache(on_card(card, size))
+        card.refuses_capture = False
+
+    with pytest.warns(UserWarning, match="running without one") as said:
+        fail_and_succeed()
+    assert len(said) == 1
+    before = count(card, "replay")
+    cache(on_card(card, 2))
+    assert count(card, "replay") == before + 1
+
+
 def test_a_failed_capture_leaves_the_callers_stream_and_tells_its_cause(
     card: Card, cache: GraphCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
