@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -32,6 +33,9 @@ SMALL_FEATURES, SMALL_BLOCKS, SMALL_ROWS = (41, 64, 160, 320), 2, 5
 SMALL_PRECISIONS = ("fp32", "tf32x3", "fp16x3", "tf32", "fp16", "bf16")
 SMALL_MAPS = ((1, 7, 8), (2, 16, 17))
 """Decoders of every kind for a memory checker, on maps (B, H, W) that end inside a tile and on loose rows."""
+TESTED_BLOCKS = 4
+TESTED = (((41, 64, 160, 512), ((1, 8), (4, 32))), ((2048,), ((1, 8), (8, 8), (32, 8))))
+"""Features, and batches and sides of maps, of decoders that tests on a card ask for the same bits again and again."""
 BLOCK_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 """Of the plain path between its products: what a product gave, and the state."""
 
@@ -40,6 +44,7 @@ def planned_launches(chip: Chip) -> Iterator[Launch]:
     """Features are in fp32 as the benchmark's cases have them, and as encoders give them."""
     yield from _parity((*FIRST_SIZES, *NARROW_SIZES, *WIDE_SIZES), chip)
     yield from _small(chip)
+    yield from _tested(chip)
     yield from _decoders(WIDE, 256, (1, 8, 32), chip)
     for size in (256, 512):
         yield from tail_launches(size, (1, 32), (3,))
@@ -98,6 +103,15 @@ def _small(chip: Chip) -> Iterator[Launch]:
                 for batch, height, width in SMALL_MAPS:
                     yield from decoder_launches(weights, _empty(batch, features, height, width), precision, chip)
                 yield from rows_launches(weights, z, condition, precision, chip)
+
+
+def _tested(chip: Chip) -> Iterator[Launch]:
+    for wanted, maps in TESTED:
+        for features, soft, name in itertools.product(wanted, (False, True), SMALL_PRECISIONS):
+            precision = KERNEL_PRECISIONS[name]
+            weights = specimen_weights(features, soft, _storage(precision), CONDITION, TESTED_BLOCKS)
+            for batch, side in maps:
+                yield from decoder_launches(weights, _empty(batch, features, side, side), precision, chip)
 
 
 def _maps(line: Headline) -> Tensor:

@@ -12,6 +12,7 @@ from tiny import calibrated_model, read
 from torch import Tensor
 
 from cflow_fast import anomaly_map, parity
+from cflow_fast.bench.planned import CONDITION, TESTED, TESTED_BLOCKS
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.folded import FoldedDecoder
 from cflow_fast.kernels import registration
@@ -35,7 +36,7 @@ def _nothing_left_behind() -> Iterator[None]:
 
 def decoder(features: int = 64, **options: object) -> FlowDecoder:
     torch.manual_seed(3)
-    made = FlowDecoder(features, 128, coupling_blocks=4, **options)  # type: ignore[arg-type]
+    made = FlowDecoder(features, CONDITION, coupling_blocks=TESTED_BLOCKS, **options)  # type: ignore[arg-type]
     parity.roughen(made)
     return made.to(CARD)
 
@@ -203,10 +204,10 @@ def test_scales_side_by_side_give_what_they_give_in_turn() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32x3", "fp16x3", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
-@pytest.mark.parametrize("features", [41, 64, 160, 512])
+@pytest.mark.parametrize("features", TESTED[0][0])
 def test_likelihoods_are_the_same_bit_by_bit_from_run_to_run(features: int, permute_soft: bool, precision: str) -> None:
     folded = decoder(features, permute_soft=permute_soft).fold(precision)
-    for batch, side in ((1, 8), (4, 32)):
+    for batch, side in TESTED[0][1]:
         x = maps(folded, batch, side)
         first = folded.log_prob(x)
         assert first.isfinite().all()
@@ -218,8 +219,9 @@ def test_likelihoods_are_the_same_bit_by_bit_from_run_to_run(features: int, perm
 @pytest.mark.parametrize("permute_soft", [True, False], ids=["soft", "hard"])
 def test_wide_decoders_give_the_same_bits_from_run_to_run(permute_soft: bool, precision: str) -> None:
     """What one group of warps overwrites while another still reads it shows here, if anywhere."""
-    folded = decoder(2048, permute_soft=permute_soft).fold(precision)
-    for batch, side in ((1, 8), (8, 8), (32, 8)):
+    (features,), sizes = TESTED[1]
+    folded = decoder(features, permute_soft=permute_soft).fold(precision)
+    for batch, side in sizes:
         x = maps(folded, batch, side)
         first = folded.log_prob(x)
         for _ in range(10):

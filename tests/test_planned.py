@@ -12,7 +12,14 @@ from kernel_guards import guarded
 from cflow_fast import parity
 from cflow_fast.bench import warm
 from cflow_fast.bench.cases import ENCODERS, rough_decoder
-from cflow_fast.bench.planned import FIRST_SIZES, planned_launches
+from cflow_fast.bench.planned import (
+    CONDITION,
+    FIRST_SIZES,
+    SMALL_PRECISIONS,
+    TESTED,
+    TESTED_BLOCKS,
+    planned_launches,
+)
 from cflow_fast.bench.warm import _binary_key, run_small
 from cflow_fast.kernels import torch_flow, tuning
 from cflow_fast.kernels.chip import Chip
@@ -108,6 +115,20 @@ def test_nor_while_memory_is_checked(
         *("whole_flow_kernel", "packing_kernel", "scaling_kernel"),
         *("linear_kernel", "coupling_kernel", "reduction_kernel"),
     }
+    assert not launched - compiled
+
+
+@pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
+def test_nor_while_decoders_are_tested(permute_soft: bool, launched: set[Binary], compiled: set[Binary]) -> None:
+    (narrow, sizes), _ = TESTED
+    for features in narrow:
+        decoder = rough_decoder(features, CONDITION, TESTED_BLOCKS, permute_soft=permute_soft)
+        for precision in SMALL_PRECISIONS:
+            folded = decoder.fold(precision)
+            for batch, side in sizes:
+                flow = TritonFlow(folded.weights, KERNEL_PRECISIONS[precision])
+                flow.log_prob_map(torch.randn(batch, features, side, side), encoding_factors(CONDITION, side, side))
+    assert launched
     assert not launched - compiled
 
 
