@@ -36,7 +36,7 @@ from cflow_fast.bench.processes import group, kill_group
 from cflow_fast.bench.tune_targets import Target, candidate_launches
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.launch import Launch, settle
 
 MOST_PROCESSES = 16
 PROCESSES_BESIDE = 8
@@ -140,6 +140,7 @@ def warmed(launch: Launch) -> CompiledKernel:
     """Compiled as the launch would, with dtypes in the place of tensors."""
     arguments: list[Any] = [launch.args[name] for name in launch.kernel.arg_names if name in launch.args]
     dtypes = [value.dtype if isinstance(value, Tensor) else value for value in arguments]
+    settle(launch.kernel)
     return launch.kernel.warmup(*dtypes, grid=launch.grid, **launch.constexprs, **launch.options)
 
 

@@ -39,7 +39,30 @@ class Launch:
     options: dict[str, Any]
 
     def run(self) -> None:
+        settle(self.kernel)
         self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
+
+
+_settled: set[int] = set()
+"""Functions by their identity: Triton's own hash of one is what is to be settled."""
+
+
+def settle(function: Any) -> None:
+    """Have Triton name a kernel's binary the same whatever was launched before.
+
+    The name on disk depends on the globals of all functions that a kernel calls, and Triton 3.6 takes note of those of
+    a callee only if it has hashed it before (3.8 of all): so callees first. Otherwise processes that launch kernels in
+    another order compile them again.
+    """
+    if id(function) in _settled:
+        return
+    from triton.runtime.jit import JITFunction  # there is Triton where something is launched
+
+    _settled.add(id(function))
+    if isinstance(function, JITFunction):  # not the interpreter's
+        for name in function.fn.__code__.co_names:
+            settle(function.fn.__globals__.get(name))
+        function.cache_key  # noqa: B018  it is computed once, here
 
 
 @dataclass

@@ -36,6 +36,17 @@ PACKED = "ahead.pack(folders, Path(sys.argv[1]), (9, 0))"
 UNPACKED = "print(ahead.unpack(Path(sys.argv[1]), (9, 0)))\n"
 
 
+ORDERED = """
+from cflow_fast.kernels import coupling, linear, pointwise, reduction
+from cflow_fast.kernels.launch import settle
+
+kernels = [coupling.coupling_kernel, linear.linear_kernel, pointwise.coupled_kernel, reduction.reduction_kernel]
+for kernel in kernels[:: int(sys.argv[1])]:
+    settle(kernel)
+print([kernel.cache_key for kernel in kernels])
+"""
+
+
 def run(code: str, cache: Path, archive: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("TRITON_INTERPRET")
@@ -51,6 +62,9 @@ def test_what_was_packed_is_not_compiled_again(tmp_path: Path) -> None:
     assert len(list(there.glob("*/*.cubin"))) == 2
     assert not list(there.glob("*/*.ptx"))  # which a compilation leaves
     assert {path.parent.name for path in there.glob("*/*.cubin")} == {p.parent.name for p in here.glob("*/*.cubin")}
+    names = [run(ORDERED, tmp_path, Path(order)).stdout for order in ("1", "-1")]
+    assert names[0].startswith("['")
+    assert names[0] == names[1], "whatever was launched before"
 
 
 def packed(folder: Path, files: dict[str, str], archive: Path) -> None:
