@@ -6,8 +6,8 @@
 
 Two cores took 16 minutes for 2,200 of them and then 7 seconds to unpack them, where a card would have waited for its
 host's cores. Triton finds a binary by a hash of its kernel's source, of all options, and of Triton itself, whose
-library is another one for each version of Python: binaries of another checkout, Triton or Python do no harm and are of
-no use.
+library is another one for each version of Python: an archive of another Triton or Python is refused, and of another
+checkout what has changed since is compiled anew.
 """
 
 from __future__ import annotations

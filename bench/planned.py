@@ -24,7 +24,7 @@ FIRST_SIZES = (64, 512)
 """Of the decoders that are compared with float64 before anything else: one that runs whole in a kernel, one that does
 not."""
 NARROW_SIZES, WIDE_SIZES = (41, 112, 160, 320), (1024, 2048)
-"""The rest of `parity.SIZES`, in two parts that take about as long as each other."""
+"""The rest of `parity.SIZES`, in two parts that are compared side by side."""
 TUNED = (("wide_resnet50_2",), ("bf16",), (256,), (1, 8, 32))
 """What the suite tunes: encoders, precisions, sizes, batches."""
 CONDITION = 128

@@ -72,11 +72,6 @@ def end_groups_when_told() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-def kill_group(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):  # it ended, and left nothing
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def kill(*processes: subprocess.Popen[str]) -> None:
     """With their groups, and with the groups that they have."""
     told = [process for process in processes if process.pid in _with_groups and process.poll() is None]
@@ -88,7 +83,8 @@ def kill(*processes: subprocess.Popen[str]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.0, ends - time.monotonic()))
     for process in processes:
-        kill_group(process)
+        with suppress(ProcessLookupError):  # it ended, and left nothing
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 _work: tuple[Callable[[Any], Any], Sequence[Any]]

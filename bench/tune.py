@@ -181,7 +181,7 @@ class _Search:
         until = time.monotonic() + (self.until - time.monotonic()) / 2
         sets = []
         for group in family:
-            alone = len(group) < 2 and not any(p.kernel == "laying" for p in self._problems(group))
+            alone = len(group) < 2 and all(problem in self.bytes for problem in self._problems(group))
             if alone or time.monotonic() > until:
                 continue
             try:
@@ -230,8 +230,9 @@ class _Search:
         return True
 
     def _alternatives(self, problem: Problem) -> list[Config]:
-        """Those that none of the timed ones beats both alone and in what it moves, the fastest first."""
-        if problem.kernel == "laying":
+        """Those that none of the timed ones beats both alone and in what it moves, the fastest first; all of a problem
+        that no launch alone poses."""
+        if problem not in self.bytes:
             current = self.chosen.get(problem) or self._standard(problem)
             return [config for config in candidates(problem, self.chip) if config != current]
         seconds, moved = self.seconds.get(problem, {}), self.bytes.get(problem, {})
@@ -302,8 +303,7 @@ class _Search:
 
     def _problems(self, group: Sequence[Target]) -> list[Problem]:
         found = {problem for target in group for problem in self.launches(target)}
-        with tuning.trying({}):
-            found |= {problem for target in group if (problem := target.laying(self.chip)) is not None}
+        found |= {problem for target in group if (problem := target.laying(self.chip)) is not None}
         return sorted(found)
 
 

@@ -79,7 +79,8 @@ class Target:
         """By what it is chosen whether x1 is laid down row by row; None where there is no choice."""
         if self.permutations == "soft":
             return None
-        coupling = next((problem for problem in self.launches(chip) if problem.kernel == "coupling"), None)
+        with tuning.trying({}):
+            coupling = next((problem for problem in self.launches(chip) if problem.kernel == "coupling"), None)
         if coupling is None:
             return None
         problem = Problem("laying", coupling.precision, coupling.rows, coupling.numbers[1:])
@@ -210,8 +211,7 @@ def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]
 
 
 def _laid_otherwise(target: Target, chip: Chip) -> list[Launch]:
-    with tuning.trying({}):
-        problem = target.laying(chip)
+    problem = target.laying(chip)
     if problem is None:
         return []
     with tuning.trying({problem: candidates(problem, chip)[1]}):

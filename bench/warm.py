@@ -32,7 +32,7 @@ from cflow_fast.bench.planned import (
     SMALL_ROWS,
     planned_launches,
 )
-from cflow_fast.bench.processes import group, kill_group
+from cflow_fast.bench.processes import group, kill
 from cflow_fast.bench.tune_targets import Target, candidate_launches
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.kernels.chip import Chip
@@ -58,7 +58,7 @@ def compile_on_all_cores(seconds: float) -> str:
             try:
                 output, errors = process.communicate(timeout=max(0.1, ends - time.monotonic()))
             except subprocess.TimeoutExpired:
-                kill_group(process)
+                kill(process)
                 output, errors = process.communicate()
                 stopped += 1
             else:

@@ -29,7 +29,7 @@ is 3e-8 a number."""
 
 ROUNDED = 3e-7
 """Root mean square of how far a row of a rotation is from that of the orthogonal matrix that is folded in its place:
-several times what float32's rounding moves it by. A matrix that is farther from one is folded as it is."""
+ten times what float32's rounding does to random ones. A matrix that is farther from one is folded as it is."""
 
 SMALL = 1e-2
 """Cosines and sines that are found with all their digits where a decomposition is made with care."""
