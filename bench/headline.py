@@ -15,6 +15,7 @@ from cflow_fast.kernels.anomaly_tail import plan_tail
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.flow import FlowResult
 from cflow_fast.kernels.launch import Launch
+from cflow_fast.kernels.merging import is_merged, merge
 from cflow_fast.kernels.operands import in_one_kernel
 from cflow_fast.kernels.phase_weights import PhaseWeights
 from cflow_fast.kernels.phases import Phases
@@ -80,11 +81,11 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
     if config is not None:
         whole = WholeFlowWeights.prepare(weights, whole_precision)
         return [map_launch(features, whole, None if tables is None else whole.tables(tables), log_prob, config)]
-    prepared = _prepared(weights, precision)
-    positions = None if tables is None else prepared.positions(tables)
     launches: list[Launch] = []
     for images, lines in chunks(batch, height, width):
         rows = map_rows(features[images, :, lines])
+        prepared = _prepared_for(weights, precision, rows.count, chip)
+        positions = None if tables is None else prepared.positions(tables)
         one, two = (_meta(rows.count) for _ in range(2))
         launches += Phases(prepared, rows.count, chip).launches(rows, positions, one, two)
     return launches
@@ -92,6 +93,17 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
 
 _prepared = lru_cache(16)(PhaseWeights.prepare)
 """Of the last few decoders: tuning asks for one's launches with every candidate."""
+
+
+@lru_cache(16)
+def _merged(weights: FlowWeights, precision: str) -> PhaseWeights:
+    return merge(_prepared(weights, precision))
+
+
+def _prepared_for(weights: FlowWeights, precision: str, rows: int, chip: Chip) -> PhaseWeights:
+    """As TritonFlow has them."""
+    prepared = _prepared(weights, precision)
+    return _merged(weights, precision) if is_merged(prepared, rows, chip) else prepared
 
 
 def rows_launches(weights: FlowWeights, z: Tensor, condition: Tensor, precision: str, chip: Chip) -> list[Launch]:
@@ -104,7 +116,7 @@ def rows_launches(weights: FlowWeights, z: Tensor, condition: Tensor, precision:
         whole = WholeFlowWeights.prepare(weights, whole_precision)
         out = FlowResult(log_prob, log_det, _meta(*z.shape))
         return [rows_launch(z, whole.operands(condition), whole, out, config)]
-    phases = Phases(PhaseWeights.prepare(weights, precision), len(z), chip)
+    phases = Phases(_prepared_for(weights, precision, len(z), chip), len(z), chip)
     return list(phases.launches(loose_rows(z), condition, log_prob, log_det, want_u=True))
 
 

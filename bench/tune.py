@@ -2,16 +2,16 @@
 
 Candidates for each kernel that a decoder launches are timed alone, the rule's and the shipped one first, then those
 that are counted fastest; after that in their place, decoders side by side, where a larger tile that is slower alone may
-leave the others more of the L2 cache, and where alone it shows whether laying a factor down first pays; at last each
-decoder as a whole through Triton and through the plain path, in a CUDA graph each. What a card says comes from a
-`Timer`, so that everything here runs without one.
+leave the others more of the L2 cache, and where alone it shows whether laying a factor down first pays, or two products
+in one; at last each decoder as a whole through Triton and through the plain path, in a CUDA graph each. What a card
+says comes from a `Timer`, so that everything here runs without one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from cflow_fast.bench.headline import tail_launches
 from cflow_fast.bench.measurement import Ratio
 from cflow_fast.bench.prediction import CARDS, l2_bytes, predict_at_least
-from cflow_fast.bench.tune_targets import Target, families_of, most_frequent
+from cflow_fast.bench.tune_targets import Target, families_of, most_frequent, other_way, problem_of
 from cflow_fast.errors import CFlowFastError
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
@@ -207,18 +207,18 @@ class _Search:
                 break
 
     def _timed_set(self, group: Sequence[Target]) -> _Set:
-        one = _Set(group, self.timer.together(group), self._problems(group))
-        one.seconds = one.time(self._configs(one.problems))
+        one = _Set(group, self.timer.together(group), self._problems(group), self._all_problems(group))
+        one.seconds = one.time(self._configs(one.either_way))
         return one
 
     def _is_faster_with(self, problem: Problem, config: Config, users: Sequence[_Set]) -> bool:
         """Whether decoders are, and still are when what they had is timed anew: clocks change in the meantime."""
         try:
-            with_it = [one.time(self._configs(one.problems) | {problem: config}) for one in users]
+            with_it = [one.time(self._configs(one.either_way) | {problem: config}) for one in users]
             if not _is_gain([one.seconds for one in users], with_it):
                 return False
             for one in users:
-                one.seconds = one.time(self._configs(one.problems))
+                one.seconds = one.time(self._configs(one.either_way))
         except LostCardError:
             raise
         except Exception:  # a launch of few, which the one that was timed alone stands for, asks for too much
@@ -248,12 +248,13 @@ class _Search:
         others that launch the same gain more."""
         compared: list[tuple[str, set[Problem], Ratio]] = []
         for group in family:
-            standard = {problem: self._standard(problem) for problem in self._problems(group)}
+            standard = {problem: self._standard(problem) for problem in self._all_problems(group)}
             changed = {p for p in standard if p in self.chosen and self.chosen[p] != standard[p]}
             if not changed or self.is_over:
                 continue
             try:
-                found = self.timer.side_by_side(group, {p: c for p, c in standard.items() if c}, self.chosen)
+                usual = {problem: config for problem, config in standard.items() if config}
+                found = self.timer.side_by_side(group, usual, self._configs(standard))
             except LostCardError:
                 raise
             except Exception as error:
@@ -275,7 +276,7 @@ class _Search:
 
     def backend(self, target: Target) -> Finding:
         try:
-            times = self.timer.decoder(target, dict(self.chosen))
+            times = self.timer.decoder(target, self._configs(self._all_problems([target])) | self.chosen)
         except LostCardError:
             raise
         except Exception as error:  # the plain path may run out of memory where the kernels do not
@@ -297,13 +298,20 @@ class _Search:
         expected = self.shipped.get(problem)
         return expected.config if expected else rule(problem, self.chip)
 
-    def _configs(self, problems: Sequence[Problem]) -> dict[Problem, Config]:
+    def _configs(self, problems: Iterable[Problem]) -> dict[Problem, Config]:
         found = {problem: self.chosen.get(problem) or self._standard(problem) for problem in problems}
         return {problem: config for problem, config in found.items() if config}
 
     def _problems(self, group: Sequence[Target]) -> list[Problem]:
         found = {problem for target in group for problem in self.launches(target)}
-        found |= {problem for target in group if (problem := target.laying(self.chip)) is not None}
+        found |= {problem for target in group if (problem := target.way(self.chip)) is not None}
+        return sorted(found)
+
+    def _all_problems(self, group: Sequence[Target]) -> list[Problem]:
+        """Those of either way: what is launched the other way is launched as usual."""
+        found = set(self._problems(group))
+        for target in group:
+            found |= {problem for launch in other_way(target, self.chip) if (problem := problem_of(launch))}
         return sorted(found)
 
 
@@ -323,6 +331,7 @@ class _Set:
     group: Sequence[Target]
     time: Callable[[Mapping[Problem, Config]], float]
     problems: list[Problem]
+    either_way: list[Problem]
     seconds: float = math.inf
 
 

@@ -75,15 +75,16 @@ class Target:
                 groups.setdefault(problem, []).append(launch)
         return groups
 
-    def laying(self, chip: Chip) -> Problem | None:
-        """By what it is chosen whether x1 is laid down row by row; None where there is no choice."""
-        if self.permutations == "soft":
-            return None
+    def way(self, chip: Chip) -> Problem | None:
+        """By what it is chosen whether x1 is laid down row by row, or permutations are merged with first layers; None
+        where there is no choice."""
         with tuning.trying({}):
             coupling = next((problem for problem in self.launches(chip) if problem.kernel == "coupling"), None)
-        if coupling is None:
+        soft = self.permutations == "soft"
+        if coupling is None or (soft and self.blocks < 2):
             return None
-        problem = Problem("laying", coupling.precision, coupling.rows, coupling.numbers[1:])
+        kernel, numbers = ("merging", coupling.numbers) if soft else ("laying", coupling.numbers[1:])
+        problem = Problem(kernel, coupling.precision, coupling.rows, numbers)
         return problem if len(candidates(problem, chip)) > 1 else None
 
     @property
@@ -206,12 +207,13 @@ def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]
                 for problem, launches in trial.items():
                     yield launches[places.setdefault(problem, most_frequent(launches))]
                     others += launches
-            others += _laid_otherwise(target, chip)
+            others += other_way(target, chip)
         yield from others
 
 
-def _laid_otherwise(target: Target, chip: Chip) -> list[Launch]:
-    problem = target.laying(chip)
+def other_way(target: Target, chip: Chip) -> list[Launch]:
+    """What a decoder launches where it has a choice of ways and not the rule's is taken."""
+    problem = target.way(chip)
     if problem is None:
         return []
     with tuning.trying({problem: candidates(problem, chip)[1]}):

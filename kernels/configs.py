@@ -151,6 +151,24 @@ def select_laying(rows: int, half: int, precision: str) -> LayingConfig:
     return LayingConfig(precision == "tf32" or (precision == "bf16" and half >= 1024 and rows >= 1024))
 
 
+@dataclass(frozen=True)
+class MergingConfig:
+    """Whether a soft permutation and the next block's first layer are one product (`merging`)."""
+
+    in_one: bool
+
+
+MOST_MERGED = 8e8
+"""Multiply-adds that one such product may have more than the others together: two microseconds of a Hopper card, about
+what is predicted to be gained (bench/prediction, WideResNet-50's decoders). For one image at 256 px it should
+take 7.2, 8.2 and 9.6 us at D = 512, 1024 and 2048, the others 8.7, 9.1 and 12.2, or 10.6 and 13.2 with a rotation."""
+
+
+def select_merging(rows: int, hidden: int, half: int, precision: str, chip: Chip) -> MergingConfig:
+    """Predicted for Hopper cards alone."""
+    return MergingConfig(precision == "bf16" and chip.capability >= (9, 0) and rows * hidden * half <= MOST_MERGED)
+
+
 Tile = tuple[int, int, int, int, int]
 """Rows, outputs, inputs a step, warps, stages; of a coupling layer the outputs are columns of s and of t together."""
 
@@ -337,7 +355,7 @@ def _whole_flow_tiles(
 
 # What may be chosen from where it is predicted or measured.
 
-Config = LinearConfig | CouplingConfig | LayingConfig | WholeFlowConfig | TailConfig
+Config = LinearConfig | CouplingConfig | LayingConfig | MergingConfig | WholeFlowConfig | TailConfig
 
 
 class Problem(NamedTuple):
@@ -353,6 +371,7 @@ NUMBERS = {
     "linear": ("inputs", "outputs", "second"),
     "coupling": ("inputs", "half"),
     "laying": ("half",),
+    "merging": ("inputs", "half"),
     "whole_flow": ("features", "own_condition", "hard"),
     "tail": ("scales", "height", "width"),
 }
@@ -385,6 +404,9 @@ def rule(problem: Problem, chip: Chip) -> Config | None:
         case "laying":
             (half,) = numbers
             return select_laying(rows, half, precision)
+        case "merging":
+            hidden, half = numbers
+            return select_merging(rows, hidden, half, precision, chip)
         case "whole_flow":
             features, own_condition, hard = numbers
             return select_whole_flow(chip.capability, features, rows, precision, bool(own_condition), bool(hard))
@@ -417,6 +439,8 @@ def candidates(problem: Problem, chip: Chip) -> list[Config]:
                 found.append(config)
         case "laying":
             found += [LayingConfig(row_by_row) for row_by_row in (False, True) if precision == "bf16"]
+        case "merging":
+            found += [MergingConfig(in_one) for in_one in (False, True) if precision == "bf16"]
         case "whole_flow":
             features, own_condition, hard = numbers
             found += _whole_flow_tiles(chip.capability, features, precision, bool(own_condition), bool(hard))

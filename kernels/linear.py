@@ -8,7 +8,8 @@ The bias is one vector, or the positional tables' rows[r] + columns[q], or what 
 either. It starts the sums instead of being added to them afterwards; where operands are scaled (`scaling`), divided by
 what the sums are then multiplied by.
 Outputs of W beyond y's are v, in float32 (x2 of the next block, which no product takes; a rotation's V1 below w1, which
-shares x): what is kept of it are the values, the sums of its squares per row and tile, or both.
+shares x): what is kept of it are the values, the sums of its squares per row and tile, or both. Before v there may be
+outputs that are kept as operands (x1 of the next block, where its hidden layer is y).
 
 x is (rows, inputs) as `rows.Rows` describes it. Widths of W and y are padded to multiples of 64 and the rows of
 workspaces to whole tiles, so that only a caller's own features need masks in the inner loop; what padded rows hold is
@@ -61,10 +62,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Beyond:
-    """What is kept of v, the outputs of W beyond y's; at least one of the two."""
+    """What is kept of v, the outputs of W beyond y's; at least one of the first two."""
 
     values: Tensor | None  # (N, outputs) float32
     squares: Tensor | None  # (tiles, padded N) float32: sums over a tile's columns, row by row
+    operands: Tensor | None = None  # (N, outputs between y's and v's)
 
 
 def linear_launch(
@@ -114,6 +116,8 @@ def linear_launch(
     splits = config.split_k > 1
     positions = bias if isinstance(bias, Positions) else None
     values, squares = (beyond.values, beyond.squares) if beyond else (rotation.v if rotation else None, None)
+    operands = beyond.operands if beyond else None
+    assert operands is None or squares is None, "squares are summed over all that is beyond y"
     args = {
         "x_ptr": x.tensor,
         "x_low_ptr": x.low if takes == "parts" else None,
@@ -135,6 +139,7 @@ def linear_launch(
         "rotated_low_ptr": rotation.rotated_low if rotation else None,
         "v_ptr": values,
         "squares_ptr": squares,
+        "operands_ptr": operands,
         "partial_ptr": scratch.partials(units * config.block_rows * config.block_out) if splits else None,
         "counter_ptr": scratch.counters(row_tiles * out_tiles) if splits else None,
         "rows": x.count,
@@ -147,6 +152,8 @@ def linear_launch(
         "y_row_stride": y.stride(0),
         "v_row_stride": 0 if values is None else values.stride(0),
         "squares_stride": 0 if squares is None else squares.stride(0),
+        "operands": 0 if operands is None else operands.shape[1],
+        "operands_row_stride": 0 if operands is None else operands.stride(0),
         "table_height": len(positions.rows) if positions else 0,
         "table_width": len(positions.columns) if positions else 0,
     }
@@ -198,6 +205,7 @@ def linear_kernel(
     rotated_low_ptr,
     v_ptr,
     squares_ptr,
+    operands_ptr,
     partial_ptr,
     counter_ptr,
     rows,
@@ -215,6 +223,8 @@ def linear_kernel(
     y_row_stride,
     v_row_stride,
     squares_stride,
+    operands,
+    operands_row_stride,
     table_height,
     table_width,
     EPILOGUE: tl.constexpr,
@@ -289,6 +299,11 @@ def linear_kernel(
                 acc *= scale[:, None]
             if is_v:
                 valid, v_column = column < outputs, column - y_outputs
+                if operands_ptr is not None:
+                    operand_tile_ptr = operands_ptr + row[:, None] * operands_row_stride + v_column[None, :]
+                    kept = valid & (v_column < operands)
+                    tl.store(operand_tile_ptr, operand(acc, PRECISION), mask=kept[None, :])
+                    valid, v_column = valid & (v_column >= operands), v_column - operands
                 if v_ptr is not None:
                     v_tile_ptr = v_ptr + row[:, None] * v_row_stride + v_column[None, :]
                     tl.store(v_tile_ptr, acc, mask=valid[None, :])

@@ -35,6 +35,7 @@ class PhaseWeights:
     """half: both halves padded to one width; m: the hidden layer padded. Vectors are float32, matrices operands.
 
     w1: a block's first layer (m, half); where a rotation follows and `joined`, below it V1 (half, half).
+    merged: whether every w1 but the first block's is of `merging`.
     low: where factors are taken in two parts, the same of what rounding left of every matrix.
     scale, bounds: with scaled operands, the power of two () that every matrix was divided by, and what their sums
     are at most.
@@ -54,6 +55,7 @@ class PhaseWeights:
     low: PhaseWeights | None = None
     scale: Tensor | None = None
     bounds: Bounds | None = None
+    merged: bool = False
 
     @classmethod
     def prepare(cls, weights: FlowWeights, precision: str) -> PhaseWeights:
@@ -61,12 +63,12 @@ class PhaseWeights:
         if is_scaled(precision):
             scale, bounds = _matrices_scale(weights), Bounds.of(weights)
         if in_two_parts(precision):
-            operands = _Operands(precision, low=True, cut_off=cut_off_by(weights.device, precision), scale=scale)
+            operands = Operands(precision, low=True, cut_off=cut_off_by(weights.device, precision), scale=scale)
             low = cls._prepare(weights, operands)
-        return replace(cls._prepare(weights, _Operands(precision, scale=scale)), low=low, scale=scale, bounds=bounds)
+        return replace(cls._prepare(weights, Operands(precision, scale=scale)), low=low, scale=scale, bounds=bounds)
 
     @classmethod
-    def _prepare(cls, weights: FlowWeights, operands: _Operands) -> PhaseWeights:
+    def _prepare(cls, weights: FlowWeights, operands: Operands) -> PhaseWeights:
         half, hidden, precision = _padded(weights.passive), _padded(weights.hidden), operands.precision
         soft = weights.mixing if isinstance(weights.mixing, SoftMixing) else None
         w1 = [operands(matrix, hidden, half) for matrix in weights.w1]
@@ -87,7 +89,7 @@ class PhaseWeights:
             w1_condition=None if condition is None else operands(condition, hidden, _padded(weights.condition)),
             bias=bias,
             w2=operands.halves(weights.w2, weights.active, half, hidden),
-            b2=_pad_halves(weights.b2.float(), weights.active, half),
+            b2=pad_halves(weights.b2.float(), weights.active, half),
             norm_active=active,
             norm_passive=passive,
             soft=padded_soft,
@@ -95,11 +97,11 @@ class PhaseWeights:
         )
 
     def positions(self, tables: PositionalTables) -> list[Positions]:
-        """Every block's tables, padded; beside them V1's offset, which has no position and is not rounded."""
+        """Every block's tables, padded; beside them what a bias adds to b1: it has no position and is not rounded."""
         positions = []
         for block, bias in enumerate(self.bias):
             rows, columns = (pad(table[block], len(bias)) for table in (tables.rows, tables.columns))
-            offset = torch.cat([torch.zeros_like(bias[: self.hidden]), bias[self.hidden :]])
+            offset = bias - pad(self.weights.b1[block].float(), len(bias))
             positions.append(Positions(rows, columns, offset if len(bias) > self.hidden else None))
         return positions
 
@@ -140,7 +142,7 @@ def cut_off_by(device: torch.device, precision: str) -> float:
     return CUT_OFF[precision] if torch.cuda.get_device_capability(device)[0] == 9 else 0.0
 
 
-class _Operands:
+class Operands:
     """Pads matrices with zeros and rounds them to what the matrix units take, divided by `scale` if they are scaled.
 
     low: to what rounding left of them, and the share that is going to be cut off.
@@ -165,7 +167,7 @@ class _Operands:
 
     def halves(self, matrix: Tensor, first: int, half: int, columns: int) -> Tensor:
         """Rows of two halves, the first of `first` rows, each padded to `half`."""
-        return self(_pad_halves(matrix.mT, first, half).mT, 2 * half, columns).contiguous()
+        return self(pad_halves(matrix.mT, first, half).mT, 2 * half, columns).contiguous()
 
 
 def _matrices_scale(weights: FlowWeights) -> Tensor:
@@ -191,18 +193,18 @@ def pad(x: Tensor, *shape: int, value: float = 0.0) -> Tensor:
     return F.pad(x, [amount for size in reversed(missing) for amount in (0, size)], value=value)
 
 
-def _pad_halves(x: Tensor, first: int, half: int) -> Tensor:
+def pad_halves(x: Tensor, first: int, half: int) -> Tensor:
     """The last dimension's two parts, [:first] and [first:], each widened to `half`."""
     if x.shape[-1] == 2 * half and first == half:
         return x
     return torch.cat([pad(x[..., :first], half), pad(x[..., first:], half)], -1)
 
 
-def _soft(mixing: SoftMixing, operands: _Operands, passive: int, half: int) -> SoftMixing:
+def _soft(mixing: SoftMixing, operands: Operands, passive: int, half: int) -> SoftMixing:
     """With an odd D the passive feature without a partner meets a cosine of 1 and a sine of 0, as padding does."""
     return SoftMixing(
-        matrix=operands.halves(_pad_halves(mixing.matrix, passive, half), passive, half, 2 * half),
-        offset=_pad_halves(mixing.offset.float(), passive, half),
+        matrix=operands.halves(pad_halves(mixing.matrix, passive, half), passive, half, 2 * half),
+        offset=pad_halves(mixing.offset.float(), passive, half),
         passive=operands(mixing.passive, half, half),
         passive_offset=pad(mixing.passive_offset.float(), half),
         active=operands(mixing.active, half, half),

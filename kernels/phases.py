@@ -4,6 +4,7 @@
     A  kernels/linear.py     hidden = act(w1 x1 + bias), and v beside it where a rotation follows (in tf32 after it)
     B  kernels/coupling.py   y2, sums of j
     C  kernels/linear.py     soft permutations: x' by one product, or by a rotation's two; hard ones have none
+       kernels/merging.py    of few rows C and the next A as one product
        kernels/scaling.py    before A and C, where operands are scaled: their factor, laid down as such
        kernels/packing.py    before A, where x1 is read faster row by row than a hard permutation leaves it
 and one reduction. Features that are operands already are read where they lie; what lies between the blocks is
@@ -34,7 +35,7 @@ from cflow_fast.kernels.phase_weights import PhaseWeights, is_joined, sums_dtype
 from cflow_fast.kernels.reduction import reduction_launch
 from cflow_fast.kernels.rows import Rows, loose_rows
 from cflow_fast.kernels.scaling import Bound, Factors, scaling_launch
-from cflow_fast.kernels.state import HardState, ScaledSoftState, SoftState
+from cflow_fast.kernels.state import HardState, MergedState, ScaledSoftState, SoftState
 from cflow_fast.kernels.tuning import select_coupling, select_laying, select_linear
 
 ROW_PADDING = 128
@@ -76,7 +77,7 @@ class Phases:
         self.sums = self.empty(
             (prepared.weights.blocks + 1) * self.tiles + self.v_tiles, self.padded_rows, dtype=torch.float32
         )
-        soft = SoftState if self.factors is None else ScaledSoftState
+        soft = MergedState if prepared.merged else SoftState if self.factors is None else ScaledSoftState
         self.state = HardState(self) if prepared.hard else soft(self)
 
     def launches(
@@ -88,7 +89,7 @@ class Phases:
         x1, self.packed = source.passive, self.packs(features)
         if self.packed:
             yield self._packing_layer(source)
-            x1, source = state.source(0).passive, state.packed_source(source)
+            x1, source = state.first_input(0), state.packed_source(source)
         for block in range(weights.blocks):
             last = block == weights.blocks - 1
             kept = want_u or not last
@@ -96,8 +97,7 @@ class Phases:
             yield self._coupling_layer(block, source, kept, last)
             if not last:
                 yield from state.mix(block)
-                source = state.source(block + 1)
-                x1 = source.passive
+                source, x1 = state.source(block + 1), state.first_input(block + 1)
         log_dets = weights.blocks * self.tiles
         yield reduction_launch(
             self.sums,
@@ -192,8 +192,8 @@ class Phases:
             rounded, early = not in_two_parts(w.precision), self._is_early()
             yield packing_launch(x1, None, self.x1, None, PackingConfig(), w.precision, rounded, early)
             x1, takes = self.x1, "operand" if rounded else takes
-        outputs = w.hidden + w.half if beyond and self.joined else w.hidden
-        config = self._config(w.half, outputs, takes)
+        outputs, inputs = w.w1[block].shape
+        config = self._config(inputs, outputs, takes)
         if beyond and self.joined and beyond.squares is not None:
             config = self.makes_v  # whose tiles the sums are laid out for
         yield self._linear(

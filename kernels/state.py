@@ -1,6 +1,7 @@
 """What lies between two coupling blocks, and how it is mixed: the permutations' part of `phases`.
 
-soft   row-major (N, [passive | active]), twice, since no product writes where others still read; and once in float32
+soft   row-major (N, [passive | active]), twice, since no product writes where others still read; and once in float32;
+       merged with the next first layer, which then takes the state, or by launches of its own
 hard   feature-major (D, N), once: y2 is written over x2, and nothing else ever moves
 """
 
@@ -53,6 +54,10 @@ class HardState:
     def packed_source(self, features: Halves) -> Halves:
         """Where the first coupling layer finds its halves."""
         return features
+
+    def first_input(self, block: int) -> Rows:
+        """What a block's first layer takes."""
+        return self.source(block).passive
 
     def pending(self, block: int) -> Pending:
         return Pending(self.mixing.gain[block], self.mixing.shift[block])
@@ -108,6 +113,10 @@ class SoftState:
     def packed_source(self, features: Halves) -> Halves:
         """Where the first coupling layer finds its halves."""
         return self.source(0)
+
+    def first_input(self, block: int) -> Rows:
+        """What a block's first layer takes."""
+        return self.source(block).passive
 
     def pending(self, block: int) -> None:
         return None
@@ -189,6 +198,25 @@ class SoftState:
 
     def _active(self, x: Tensor) -> Tensor:
         return x[:, self.phases.prepared.half :]
+
+
+class MergedState(SoftState):
+    """Every first layer but the first one mixes, too (`merging`), from one buffer to the other."""
+
+    def first_input(self, block: int) -> Rows:
+        return self._rows(self.other) if block else super().first_input(block)
+
+    def beyond(self, block: int, kept: bool, last: bool) -> Beyond | None:
+        if not block:
+            return None
+        return Beyond(self._active(self.values), squares=None, operands=self._passive(self.state))
+
+    def mix(self, block: int) -> Iterator[Launch]:
+        self.state, self.other = self.other, self.state
+        return iter(())
+
+    def turn_into_u(self, block: int) -> Iterator[Launch]:
+        return super().turn_into_u(0)
 
 
 class ScaledSoftState(SoftState):

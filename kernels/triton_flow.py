@@ -5,9 +5,10 @@ A decoder whose state fits the registers runs whole in one kernel (`whole_flow`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from cflow_fast.kernels.capture import finish, on_device
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import WholeFlowConfig
 from cflow_fast.kernels.flow import FlowResult
-from cflow_fast.kernels.linear import Positions
+from cflow_fast.kernels.merging import is_merged, merge
 from cflow_fast.kernels.operands import in_one_kernel
 from cflow_fast.kernels.phase_weights import PhaseWeights, sums_dtype
 from cflow_fast.kernels.phases import HiddenBias, Phases
@@ -31,6 +32,8 @@ from cflow_fast.kernels.whole_flow_weights import WholeFlowWeights
 CHUNK_ROWS = 32768
 """Rows that the phases work on at once: the widest hidden layer of WideResNet-50's decoders then has 151 MB in bf16."""
 
+Tables = TypeVar("Tables")
+
 
 class TritonFlow:
     """A folded decoder for one card and one of `lang.PRECISIONS`."""
@@ -38,24 +41,27 @@ class TritonFlow:
     def __init__(self, weights: FlowWeights, precision: str) -> None:
         self.weights, self.precision = weights, precision
         self.chip = Chip.of(weights.device)
-        self.tables: TableCache[Tensor | list[Positions]] = TableCache(weights.device)
+        self.tables: TableCache[object] = TableCache(weights.device)
 
     def log_prob_map(self, features: Tensor, encoding: tuple[Tensor, Tensor] | None) -> Tensor:
         """As TorchFlow.log_prob_map: natural log-likelihoods (B, H, W) of feature maps (B, D, H, W), float32."""
         batch, _, height, width = features.shape
         with on_device(features.device):
             config = self._whole_config(batch * height * width)
-            tables = None if encoding is None else self._tables_for(height, width, encoding, whole=config is not None)
             if config is not None:
-                assert not isinstance(tables, list)
-                return whole_flow_map(features, self.whole, tables, config)
+                whole = None
+                if encoding is not None:
+                    whole = self._tables((height, width, "whole"), encoding, self.whole.tables)
+                return whole_flow_map(features, self.whole, whole, config)
             log_prob = torch.empty(batch, height, width, dtype=torch.float32, device=features.device)
             for images, lines in chunks(batch, height, width):
+                rows, some = map_rows(features[images, :, lines]), log_prob[images, lines]
                 bias = None
-                if isinstance(tables, list):
-                    bias = [replace(table, rows=table.rows[lines]) for table in tables]
-                some = log_prob[images, lines]
-                self._phases(map_rows(features[images, :, lines]), bias, some.view(-1), torch.empty_like(some).view(-1))
+                if encoding is not None:
+                    prepared = self._prepared_for(rows.count)
+                    positions = self._tables((height, width, prepared.merged), encoding, prepared.positions)
+                    bias = [replace(table, rows=table.rows[lines]) for table in positions]
+                self._phases(rows, bias, some.view(-1), torch.empty_like(some).view(-1))
             return log_prob
 
     def rows(self, z: Tensor, condition: Tensor | None, want_u: bool) -> FlowResult:
@@ -86,6 +92,12 @@ class TritonFlow:
         finish(self.weights.device)
         return prepared
 
+    @cached_property
+    def merged(self) -> PhaseWeights:
+        merged = merge(self.prepared)
+        finish(self.weights.device)
+        return merged
+
     def launches_often(self, rows: int, own_condition: bool) -> bool:
         """Whether so many rows run in phases, not whole in one kernel."""
         return self._whole_config(rows, own_condition) is None
@@ -98,21 +110,23 @@ class TritonFlow:
     def _phases(
         self, features: Rows, bias: HiddenBias, log_prob: Tensor, log_det: Tensor, want_u: bool = False
     ) -> Phases:
-        phases = Phases(self.prepared, features.count, self.chip)
+        phases = Phases(self._prepared_for(features.count), features.count, self.chip)
         for launch in phases.launches(features, bias, log_prob, log_det, want_u):
             launch.run()
         return phases
 
-    def _tables_for(
-        self, height: int, width: int, encoding: tuple[Tensor, Tensor], whole: bool
-    ) -> Tensor | list[Positions]:
-        def made() -> Tensor | list[Positions]:
-            exact: PositionalTables = positional_tables(self.weights, encoding, sums_dtype(self.precision))
-            tables = self.whole.tables(exact) if whole else self.prepared.positions(exact)
+    def _prepared_for(self, rows: int) -> PhaseWeights:
+        return self.merged if is_merged(self.prepared, rows, self.chip) else self.prepared
+
+    def _tables(
+        self, key: Hashable, encoding: tuple[Tensor, Tensor], lay_out: Callable[[PositionalTables], Tables]
+    ) -> Tables:
+        def made() -> Tables:
+            tables = lay_out(positional_tables(self.weights, encoding, sums_dtype(self.precision)))
             finish(self.weights.device)
             return tables
 
-        return self.tables.get((height, width, whole), made)
+        return cast(Tables, self.tables.get(key, made))
 
 
 def chunks(batch: int, height: int, width: int) -> Iterator[tuple[slice, slice]]:

@@ -5,8 +5,8 @@
     the rules of `configs`
 
 A table answers for a power of two of rows, for all numbers of them up to it and above the one before. It changes the
-shape of tiles, whether a factor is laid down first, and nothing else: what it names has to be among
-`configs.candidates`, whoever wrote it.
+shape of tiles, whether a factor is laid down first, whether two products are one, and nothing else: what it names has
+to be among `configs.candidates`, whoever wrote it.
 Tables are read once in a process; a choice is then found as fast as in a dict. A table that cannot be read is said
 once and passed over.
 """
@@ -35,6 +35,7 @@ from cflow_fast.kernels.configs import (
     CouplingConfig,
     LayingConfig,
     LinearConfig,
+    MergingConfig,
     Problem,
     TailConfig,
     WholeFlowConfig,
@@ -46,7 +47,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 REMEMBERED = 16384
 """Choices that are kept; rows are any number."""
 
-Some = TypeVar("Some", LinearConfig, CouplingConfig, LayingConfig, TailConfig, WholeFlowConfig)
+Some = TypeVar("Some", LinearConfig, CouplingConfig, LayingConfig, MergingConfig, TailConfig, WholeFlowConfig)
 
 _trial: ContextVar[Mapping[Problem, Config] | None] = ContextVar("trial", default=None)
 _lock = threading.Lock()
@@ -67,6 +68,11 @@ def select_coupling(rows: int, inputs: int, half: int, precision: str, chip: Chi
 def select_laying(rows: int, half: int, precision: str, chip: Chip) -> LayingConfig:
     problem = Problem("laying", precision, rows, (half,))
     return _tuned(problem, chip, LayingConfig) or configs.select_laying(rows, half, precision)
+
+
+def select_merging(rows: int, hidden: int, half: int, precision: str, chip: Chip) -> MergingConfig:
+    problem = Problem("merging", precision, rows, (hidden, half))
+    return _tuned(problem, chip, MergingConfig) or configs.select_merging(rows, hidden, half, precision, chip)
 
 
 def select_whole_flow(

@@ -21,6 +21,7 @@ from cflow_fast.kernels.configs import (
     CouplingConfig,
     LayingConfig,
     LinearConfig,
+    MergingConfig,
     Problem,
     TailConfig,
     WholeFlowConfig,
@@ -33,6 +34,7 @@ _CONFIGS: dict[str, type[Any]] = {
     "linear": LinearConfig,
     "coupling": CouplingConfig,
     "laying": LayingConfig,
+    "merging": MergingConfig,
     "whole_flow": WholeFlowConfig,
     "tail": TailConfig,
 }

@@ -265,6 +265,58 @@ PARTS = [
     ),
 ]
 
+MERGED = [
+    Fault(
+        "x1 kept where x2 is",
+        "linear",
+        "valid, v_column = valid & (v_column >= operands), v_column - operands",
+        "valid = valid & (v_column >= operands)",
+        "phases, merged",
+    ),
+    Fault(
+        "x1 kept beyond its half",
+        "linear",
+        "kept = valid & (v_column < operands)",
+        "kept = valid & (v_column <= operands)",
+        "phases, merged",
+    ),
+    Fault(
+        "hidden layer made of x1 before it was mixed",
+        "merging",
+        "weights.b1[block].double()).after(x1)",
+        "weights.b1[block].double()).after(Affine(torch.eye(*x1.matrix.shape, dtype=torch.float64), x1.offset))",
+        "phases, merged",
+    ),
+    Fault(
+        "rotation's sine with the wrong sign",
+        "merging",
+        "by_x1, -pad(sine, passive)",
+        "by_x1, pad(sine, passive)",
+        "phases, merged",
+    ),
+    Fault(
+        "offset of the merged hidden layer forgotten",
+        "merging",
+        "self.matrix @ first.offset + self.offset",
+        "0 * (self.matrix @ first.offset) + self.offset",
+        "phases, merged",
+    ),
+    Fault(
+        "last x1 left as it is",
+        "merging",
+        "if block == last and turned:",
+        "if block == 0 and turned:",
+        "phases, merged",
+    ),
+    Fault(
+        "state read from the buffer that it goes to",
+        "state",
+        "return self._rows(self.other) if block else",
+        "return self._rows(self.state) if block else",
+        "phases, merged",
+    ),
+]
+
 SCALED = [
     Fault(
         "a row not divided by its scale",
@@ -338,4 +390,4 @@ SCALED = [
     ),
 ]
 
-FAULTS = [*TAIL, *WHOLE_FLOW, *PHASES, *PARTS, *SCALED]
+FAULTS = [*TAIL, *WHOLE_FLOW, *PHASES, *PARTS, *MERGED, *SCALED]

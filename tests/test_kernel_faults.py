@@ -68,10 +68,11 @@ def whole_flow_is_right(permute_soft: bool) -> None:
     torch.testing.assert_close(log_prob, expected, rtol=3e-6, atol=3e-6 * 21)
 
 
-def phases_are_right(permute_soft: bool, precision: str = "ieee") -> None:
+def phases_are_right(permute_soft: bool, precision: str = "ieee", merged: bool = False) -> None:
     """Two splits of every product."""
     weights, maps, expected = folded(permute_soft, 41)
-    with guarded() as guard:
+    with guarded() as guard, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_flow, "is_merged", lambda *_: merged)
         log_prob = triton_flow.TritonFlow(weights, precision).log_prob_map(maps, encoding_factors(8, 5, 7))
     guard.written_once(log_prob)
     torch.testing.assert_close(log_prob, expected, rtol=3e-6, atol=3e-6 * 41)
@@ -83,6 +84,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "whole flow, hard": partial(whole_flow_is_right, False),
     "phases, soft": partial(phases_are_right, True),
     "phases, hard": partial(phases_are_right, False),
+    "phases, merged": partial(phases_are_right, True, merged=True),
     "phases, soft, tf32x3": partial(phases_are_right, True, "tf32x3"),
     "phases, soft, fp16x3": partial(phases_are_right, True, "fp16x3"),
     "phases, hard, fp16x3": partial(phases_are_right, False, "fp16x3"),

@@ -135,6 +135,27 @@ def test_outputs_beyond_are_kept_as_values_or_as_sums_of_squares(keeps: str, pre
         torch.testing.assert_close(squares[:, :ROWS].double(), sums, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("kept", [64, 96])
+def test_first_outputs_beyond_are_kept_as_operands(kept: int, precision: str, split_k: int) -> None:
+    """96: a tile of 64 has both."""
+    torch.manual_seed(0)
+    weight, bias = operands(precision, OUTPUTS + kept + 70, INPUTS), torch.randn(OUTPUTS + kept + 70)
+    x, y = state(precision, INPUTS), torch.empty(PADDED, OUTPUTS, dtype=operand_dtype(precision))
+    first = torch.full((PADDED, 200), torch.nan, dtype=operand_dtype(precision))
+    values = torch.full((PADDED, 150), torch.nan)
+    beyond = Beyond(values[:, 50:120], None, first[:, 20 : 20 + kept])
+    config = LinearConfig(32, 64, 64, warps=4, stages=2, split_k=split_k)
+    launched(x, weight, y, precision, config, bias=bias, activation="relu", beyond=beyond)
+    expected = product(x.tensor[:ROWS], weight) + bias.double()
+    close(y, expected[:, :OUTPUTS].relu(), precision)
+    close(first[:, 20 : 20 + kept], expected[:, OUTPUTS : OUTPUTS + kept], precision)
+    close(values[:, 50:120], expected[:, OUTPUTS + kept :])
+    for others in (first[:, :20], first[:, 20 + kept :], values[:, :50], values[:, 120:]):
+        assert others.isnan().all()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rotation_combines_the_product_with_v(precision: str) -> None:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import Problem, ProductConfig, candidates
-from cflow_fast.kernels.phase_weights import CUT_OFF, PhaseWeights, _Operands, cut_off_by
+from cflow_fast.kernels.phase_weights import CUT_OFF, Operands, PhaseWeights, cut_off_by
 from cflow_fast.kernels.weights import SoftMixing, round_to_tf32
 
 PART = 32
@@ -54,7 +54,7 @@ def emulated(x: Tensor, large: Tensor, low: Tensor, precision: str) -> Tensor:
 def operands(precision: str, w: Tensor, **options: Any) -> Tensor:
     """One part of the weights, as they would be without a scale."""
     scale = SCALE if precision == "fp16x3" else None
-    part = _Operands(precision, scale=scale, **options)(w, *w.shape).float()
+    part = Operands(precision, scale=scale, **options)(w, *w.shape).float()
     return part if scale is None else part * scale
 
 

@@ -29,10 +29,19 @@ from cflow_fast.bench.cases import ENCODERS, HEADLINE_ENCODERS
 from cflow_fast.bench.measurement import Effort, Ratio
 from cflow_fast.bench.prediction import l2_bytes
 from cflow_fast.bench.tune import LIGHT, PATIENCE, TIE, Finding, LostCardError, Times, choose_by_measurement, table_of
-from cflow_fast.bench.tune_targets import Target, candidate_launches, families_of, model_targets, targets, trials
+from cflow_fast.bench.tune_targets import (
+    Target,
+    candidate_launches,
+    families_of,
+    model_targets,
+    other_way,
+    problem_of,
+    targets,
+    trials,
+)
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import Config, LayingConfig, Problem, candidates, rule
+from cflow_fast.kernels.configs import Config, LayingConfig, LinearConfig, MergingConfig, Problem, candidates, rule
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.tuning_table import Choice, DecoderProblem, Entry, Table
 from cflow_fast.kernels.weights import SoftMixing
@@ -94,6 +103,16 @@ def test_what_will_be_measured_is_what_can_be_compiled_beforehand() -> None:
     assert {name(launch) for launch in timer.launched} <= {name(launch) for launch in candidate_launches([WIDE], CHIP)}
 
 
+def usual_the_other_way(target: Target = WIDE) -> dict[Problem, Config | None]:
+    """What is not tuned, and launched as usual if mixing and first layers are two products."""
+    with tuning.trying({}):
+        launched = set(target.launches(CHIP))
+    way = target.way(CHIP)
+    assert way is not None
+    problems = {way, *map(problem_of, other_way(target, CHIP))} - launched - {None}
+    return {problem: rule(problem, CHIP) for problem in problems if problem is not None}
+
+
 def test_the_fastest_candidate_is_taken_where_it_is_clearly_faster() -> None:
     timer = StubTimer(slow=lambda launch: 5e-6 if is_other(launch) else 10e-6)
     table = table_of(measured(timer), CHIP.name, 132, {})
@@ -102,7 +121,8 @@ def test_the_fastest_candidate_is_taken_where_it_is_clearly_faster() -> None:
     for problem, entry in linear.items():
         assert step(entry.config) == 64
         assert (entry.source, entry.measured_us) == ("measured", 5.0), problem
-    assert timer.decoders[-1] == {p: e.config for p, e in table.kernels.items()}, "the decoder is timed as chosen"
+    chosen = {p: e.config for p, e in table.kernels.items()}
+    assert timer.decoders[-1] == usual_the_other_way() | chosen, "the decoder is timed as chosen"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +135,8 @@ def test_what_makes_decoders_side_by_side_slower_is_given_back(faster: Ratio, gi
     (standard, chosen), *others = timer.compared
     assert not others
     assert chosen != standard
-    assert {p: e.config for p, e in table.kernels.items()} == (standard if given_back else chosen)
+    kept = {p: e.config for p, e in table.kernels.items()}
+    assert usual_the_other_way() | kept == (standard if given_back else chosen)
     assert timer.decoders[-1] == (standard if given_back else chosen), "the plain path's opponent is what is kept"
     assert any("given back" in finding.note for finding in found) == given_back
     assert {entry.measured_us for entry in table.kernels.values()} == ({10.0} if given_back else {5.0})
@@ -463,11 +484,18 @@ def test_what_was_laid_down_in_vain_is_given_back() -> None:
 
 @pytest.mark.parametrize(
     ("target", "choice"),
-    [(HARD, True), (WIDE, False), (NARROW, False), (replace(HARD, precision="tf32"), False)],
-    ids=["hard", "soft", "whole in one kernel", "tf32"],
+    [
+        (HARD, True),
+        (WIDE, True),
+        (replace(WIDE, blocks=1), False),
+        (NARROW, False),
+        (replace(HARD, precision="tf32"), False),
+        (replace(WIDE, precision="tf32"), False),
+    ],
+    ids=["hard", "soft", "nothing to merge with", "whole in one kernel", "hard, tf32", "soft, tf32"],
 )
-def test_only_hard_permutations_in_bf16_leave_a_choice(target: Target, choice: bool) -> None:
-    assert (target.laying(CHIP) is not None) == choice
+def test_only_wide_decoders_in_bf16_leave_a_choice_of_ways(target: Target, choice: bool) -> None:
+    assert (target.way(CHIP) is not None) == choice
 
 
 def test_what_a_table_says_of_laying_is_launched() -> None:
@@ -475,9 +503,45 @@ def test_what_a_table_says_of_laying_is_launched() -> None:
         return {launch.kernel.__name__ for launch in HARD.all_launches(CHIP)}
 
     with tuning.trying({}):
-        assert HARD.laying(CHIP) == LAYING
+        assert HARD.way(CHIP) == LAYING
         assert "packing_kernel" not in names()
     with tuning.trying({LAYING: LAID_DOWN}):
         assert "packing_kernel" in names()
     compiled = {launch.kernel.__name__ for launch in candidate_launches([HARD], CHIP)}
     assert "packing_kernel" in compiled
+
+
+SOFT = replace(WIDE, beside="one model")
+MERGING = SOFT.way(CHIP)
+
+
+@pytest.mark.parametrize("split", [0.9e-4, 1.1e-4], ids=["faster", "slower"])
+def test_two_products_are_one_unless_decoders_are_slower_with_it(split: float) -> None:
+    def in_place(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        return 1e-4 if chosen[MERGING] == MergingConfig(True) else split
+
+    timer = StubTimer(in_place=in_place)
+    table = table_of(measured(timer, SOFT), CHIP.name, 132, {})
+    if split > 1e-4:
+        assert MERGING not in table.kernels
+        return
+    assert table.kernels[MERGING] == Entry(MergingConfig(False), None, 90.0)
+    assert all(chosen[MERGING] == MergingConfig(False) for chosen in timer.decoders)
+
+
+def test_what_is_compared_with_one_product_is_launched_as_shipped() -> None:
+    """What no launch of the rule's way poses is not tuned: it must not be timed in worse tiles than are launched."""
+    problem = next(p for launch in other_way(SOFT, CHIP) if (p := problem_of(launch)) and p.numbers == (512, 512, 0))
+    shipped = next(config for config in candidates(problem, CHIP) if config != rule(problem, CHIP))
+    assert isinstance(shipped, LinearConfig)
+    seen: list[Config | None] = []
+
+    def in_place(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        seen.append(chosen.get(problem))
+        return 1e-4
+
+    timer = StubTimer(in_place=in_place)
+    table = Table(CHIP.name, 132, {problem: Entry(shipped, 1.0)})
+    list(choose_by_measurement((SOFT,), CHIP, timer, until=float("inf"), shipped=table))
+    assert set(seen) == {shipped}
+    assert {chosen[problem] for chosen in timer.decoders} == {shipped}

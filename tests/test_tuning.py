@@ -17,7 +17,7 @@ from flows import rough_decoder
 
 from cflow_fast import ops
 from cflow_fast.bench.headline import PRECISIONS
-from cflow_fast.bench.tune_targets import targets
+from cflow_fast.bench.tune_targets import other_way, problem_of, targets
 from cflow_fast.errors import CFlowFastError
 from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import configs, tuning
@@ -369,10 +369,12 @@ def test_wide_resnet50s_decoders_need_no_rule_in_bf16_and_tf32(shipped: Table) -
 
 
 def test_every_shipped_product_is_asked_for_by_a_usual_decoder(shipped: Table) -> None:
+    """Either way: tuning on a card may take the other one."""
     asked: set[Problem] = set()
     for target in targets():
         with tuning.trying({}):
             asked |= set(target.launches(Chip()))
+        asked |= {problem for launch in other_way(target, Chip()) if (problem := problem_of(launch))}
     products = {problem for problem in shipped.kernels if problem.kernel in ("linear", "coupling")}
     assert products <= asked
 
