@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import triton
@@ -31,6 +31,9 @@ from cflow_fast.bench.processes import in_processes
 from cflow_fast.files import write_text
 from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.launch import Launch
+
+if TYPE_CHECKING:
+    from cflow_fast.bench.tune_targets import Target
 
 CAPABILITIES = {80: Chip((8, 0), 108), 90: Chip((9, 0), 132)}
 QUICK = (
@@ -92,10 +95,28 @@ def faults(kernel: Kernel, compiled: Compiled) -> list[str]:
 
 def distinct(lines: Iterable[Headline], capability: int) -> dict[Key, Kernel]:
     kernels: dict[Key, Kernel] = {}
-    of_decoders = [launch for line in lines for launch in line.launches(CAPABILITIES[capability])]
-    for launch in of_decoders + tail_launches() + pointwise_launches():
+    chip, lines = CAPABILITIES[capability], list(lines)
+    of_decoders = [launch for line in lines for launch in line.launches(chip)]
+    for launch in [*of_decoders, *_other_ways(lines, chip), *tail_launches(), *pointwise_launches()]:
         kernels.setdefault(compile_key(launch, capability), Kernel(launch, capability))
     return kernels
+
+
+def _other_ways(lines: Iterable[Headline], chip: Chip) -> Iterator[Launch]:
+    """What decoders with a choice of ways launch where a card's own table does not take the rule's."""
+    from cflow_fast.bench.tune_targets import other_way, shipped_configs  # which names kernels by this module
+
+    shipped = shipped_configs(chip)
+    for target in _targets(lines):
+        yield from other_way(target, chip, shipped)
+
+
+def _targets(lines: Iterable[Headline]) -> list[Target]:
+    from cflow_fast.bench.tune_targets import Target
+
+    return [
+        Target(line.features, line.side, line.side, line.batch, line.permutations, line.precision) for line in lines
+    ]
 
 
 def _compile(kernel: Kernel) -> Compiled:
@@ -203,17 +224,13 @@ def main(quick: bool, no_predictions: bool, path: Path | None, predictions: Path
 def _shipped_choices(lines: Sequence[Headline], found: dict[Key, Compiled]) -> str:
     """Whether the shipped table is still what prediction says; choosing anew would compile every candidate."""
     from cflow_fast.bench.tune_predicted import outdated  # which compiles with this module
-    from cflow_fast.bench.tune_targets import Target
     from cflow_fast.kernels.tuning import shipped_table
 
     table = shipped_table(CAPABILITIES[90])
     if table is None:
         return "no tuning table is shipped for sm_90"
     card = next(card for card in CARDS if card.name == table.facts.get("predicted_for", CARDS[0].name))
-    targets = [
-        Target(line.features, line.side, line.side, line.batch, line.permutations, line.precision) for line in lines
-    ]
-    count, of = outdated(table, targets, found, card)
+    count, of = outdated(table, _targets(lines), found, card)
     words = f"{count} of {of} shipped choices are predicted otherwise than the table says"
     return words + (f"; `cflow-fast tune --predict {card.name}` chooses anew" if count else "")
 

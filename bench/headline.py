@@ -81,11 +81,11 @@ def decoder_launches(weights: FlowWeights, features: Tensor, precision: str, chi
     if config is not None:
         whole = WholeFlowWeights.prepare(weights, whole_precision)
         return [map_launch(features, whole, None if tables is None else whole.tables(tables), log_prob, config)]
+    prepared = _prepared_for(weights, precision, log_prob.numel(), chip)
+    positions = None if tables is None else prepared.positions(tables)
     launches: list[Launch] = []
     for images, lines in chunks(batch, height, width):
         rows = map_rows(features[images, :, lines])
-        prepared = _prepared_for(weights, precision, rows.count, chip)
-        positions = None if tables is None else prepared.positions(tables)
         one, two = (_meta(rows.count) for _ in range(2))
         launches += Phases(prepared, rows.count, chip).launches(rows, positions, one, two)
     return launches

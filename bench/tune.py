@@ -308,7 +308,7 @@ class _Search:
         return sorted(found)
 
     def _all_problems(self, group: Sequence[Target]) -> list[Problem]:
-        """Those of either way: what is launched the other way is launched as usual."""
+        """Those of either way. What is launched the other way alone is not tuned, and launched as usual."""
         found = set(self._problems(group))
         for target in group:
             found |= {problem for launch in other_way(target, self.chip) if (problem := problem_of(launch))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from cflow_fast.bench.specimens import META, specimen_weights
 from cflow_fast.decoder import FlowDecoder
 from cflow_fast.kernels import tuning
 from cflow_fast.kernels.chip import Chip
-from cflow_fast.kernels.configs import TAIL_PRECISION, Problem, candidates
+from cflow_fast.kernels.configs import TAIL_PRECISION, Config, Problem, candidates
 from cflow_fast.kernels.launch import Launch
 from cflow_fast.kernels.tuning import bucket
 from cflow_fast.kernels.tuning_table import DecoderProblem
@@ -199,6 +199,7 @@ def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]
     """All that measuring launches, to be compiled beforehand: family by family first what is launched alone, then what
     stands beside it when decoders run side by side."""
     seen: set[Problem] = set()
+    shipped = shipped_configs(chip)
     for family in families_of(wanted, chip):
         others: list[Launch] = []
         for target in (target for group in family for target in group):
@@ -207,16 +208,21 @@ def candidate_launches(wanted: Sequence[Target], chip: Chip) -> Iterator[Launch]
                 for problem, launches in trial.items():
                     yield launches[places.setdefault(problem, most_frequent(launches))]
                     others += launches
-            others += other_way(target, chip)
+            others += other_way(target, chip) + other_way(target, chip, shipped)
         yield from others
 
 
-def other_way(target: Target, chip: Chip) -> list[Launch]:
-    """What a decoder launches where it has a choice of ways and not the rule's is taken."""
+def shipped_configs(chip: Chip) -> dict[Problem, Config]:
+    table = tuning.shipped_table(chip)
+    return {problem: entry.config for problem, entry in table.kernels.items()} if table else {}
+
+
+def other_way(target: Target, chip: Chip, configs: Mapping[Problem, Config] | None = None) -> list[Launch]:
+    """What a decoder launches where it has a choice of ways and not the rule's is taken; configs: before the rules'."""
     problem = target.way(chip)
     if problem is None:
         return []
-    with tuning.trying({problem: candidates(problem, chip)[1]}):
+    with tuning.trying({**(configs or {}), problem: candidates(problem, chip)[1]}):
         return target.all_launches(chip)
 
 

@@ -18,6 +18,7 @@ Where to read on:
     triton_flow   the same calls on a GPU: a narrow decoder whole, a wide one in phases
     whole_flow    all blocks in one launch, the state in registers or beside them (_kernel, _halves, _mixing, _weights)
     phases        a few launches per block: linear (A, C), coupling (B); packing, state, rows and tiles are beside them
+    merging       of few rows a soft permutation and the next first layer as one product
     scaling       operands of fp16 for these, in which every row has a scale of its own (bounds: known beforehand)
     anomaly_map, anomaly_tail exp, upsample, sum over scales, score: in PyTorch, in one launch
     pointwise     what the plain path fuses between its products on a GPU

@@ -93,9 +93,16 @@ class CouplingConfig(ProductConfig):
 class ReductionConfig:
     """Of kernels/reduction.py: tiles and rows that a program takes at a time."""
 
-    block_tiles: int = 16
-    block_rows: int = 64
+    block_tiles: int
+    block_rows: int
     warps: int = 4
+
+
+def select_reduction(rows: int) -> ReductionConfig:
+    """Of few rows a program asks for many tiles at once: 288 of them, 16 at a time, took an H200 5 us, nearly all of it
+    waiting (bench/results/nvidia-h200/kernels.json, one image at D = 1024 and 2048).
+    """
+    return ReductionConfig(128, 16, 8) if rows <= 2048 else ReductionConfig(16, 64)
 
 
 @dataclass(frozen=True)
@@ -158,15 +165,17 @@ class MergingConfig:
     in_one: bool
 
 
-MOST_MERGED = 8e8
-"""Multiply-adds that one such product may have more than the others together: two microseconds of a Hopper card, about
-what is predicted to be gained (bench/prediction, WideResNet-50's decoders). For one image at 256 px it should
+MOST_MERGED_ROWS, MOST_MERGED = 4096, 8e8
+"""Rows, and multiply-adds that one such product may have more than a matrix and a first layer, for 132 multiprocessors:
+two of their microseconds, about what is predicted to be gained (bench/prediction). For one image at 256 px it should
 take 7.2, 8.2 and 9.6 us at D = 512, 1024 and 2048, the others 8.7, 9.1 and 12.2, or 10.6 and 13.2 with a rotation."""
 
 
 def select_merging(rows: int, hidden: int, half: int, precision: str, chip: Chip) -> MergingConfig:
     """Predicted for Hopper cards alone."""
-    return MergingConfig(precision == "bf16" and chip.capability >= (9, 0) and rows * hidden * half <= MOST_MERGED)
+    share = chip.multiprocessors / 132
+    few = rows <= share * MOST_MERGED_ROWS and rows * hidden * half <= share * MOST_MERGED
+    return MergingConfig(few and precision == "bf16" and chip.capability[0] == 9)
 
 
 Tile = tuple[int, int, int, int, int]

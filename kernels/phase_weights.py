@@ -35,7 +35,7 @@ class PhaseWeights:
     """half: both halves padded to one width; m: the hidden layer padded. Vectors are float32, matrices operands.
 
     w1: a block's first layer (m, half); where a rotation follows and `joined`, below it V1 (half, half).
-    merged: whether every w1 but the first block's is of `merging`.
+    merged: whether every w1 but the first block's, and its bias, are of `merging`: (m + 2 half, 2 half).
     low: where factors are taken in two parts, the same of what rounding left of every matrix.
     scale, bounds: with scaled operands, the power of two () that every matrix was divided by, and what their sums
     are at most.
@@ -49,7 +49,7 @@ class PhaseWeights:
     w2: Tensor  # (K, 2 half, m): s, then t
     b2: Tensor  # (K, 2 half)
     norm_active: tuple[Tensor, Tensor]  # scale and offset (half,) of the last y2's share of u
-    norm_passive: tuple[Tensor, Tensor] | None  # the same of the last x1; None after a rotation
+    norm_passive: tuple[Tensor, Tensor] | None  # the same of the last x1; None after a rotation, unless merged
     soft: SoftMixing | None  # padded
     hard: HardMixing | None  # passive and active as (K, half) int32, gain and shift as (K, half)
     low: PhaseWeights | None = None

@@ -22,8 +22,8 @@ from cflow_fast.kernels.chip import Chip
 from cflow_fast.kernels.configs import (
     LinearConfig,
     PackingConfig,
-    ReductionConfig,
     begins_early,
+    select_reduction,
     select_scaling,
 )
 from cflow_fast.kernels.coupling import Halves, Norm, coupling_launch
@@ -106,7 +106,7 @@ class Phases:
             weights.features,
             log_prob,
             log_det,
-            ReductionConfig(),
+            select_reduction(self.rows),
             self._is_early(),
         )
         if want_u:

@@ -5,8 +5,8 @@
     the rules of `configs`
 
 A table answers for a power of two of rows, for all numbers of them up to it and above the one before. It changes the
-shape of tiles, whether a factor is laid down first, whether two products are one, and nothing else: what it names has
-to be among `configs.candidates`, whoever wrote it.
+shape of tiles, whether a factor is laid down first, whether two products are one (which rounds otherwise, see
+`merging`), and nothing else: what it names has to be among `configs.candidates`, whoever wrote it.
 Tables are read once in a process; a choice is then found as fast as in a dict. A table that cannot be read is said
 once and passed over.
 """

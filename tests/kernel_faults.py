@@ -302,6 +302,20 @@ MERGED = [
         "phases, merged",
     ),
     Fault(
+        "offset of a matrix forgotten",
+        "merging",
+        "mixing.offset[block].double()",
+        "0 * mixing.offset[block].double()",
+        "phases, merged matrices",
+    ),
+    Fault(
+        "a matrix instead of the next one",
+        "merging",
+        "mixed = _mixed(mixing, block - 1)",
+        "mixed = _mixed(mixing, 0)",
+        "phases, merged matrices",
+    ),
+    Fault(
         "last x1 left as it is",
         "merging",
         "if block == last and turned:",

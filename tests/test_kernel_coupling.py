@@ -10,7 +10,7 @@ import torch
 from kernel_guards import Guard, guarded
 from torch import Tensor
 
-from cflow_fast.kernels.configs import CouplingConfig, ReductionConfig
+from cflow_fast.kernels.configs import CouplingConfig, ReductionConfig, select_reduction
 from cflow_fast.kernels.coupling import Halves, Norm, Pending, Target, coupling_launch
 from cflow_fast.kernels.launch import Scratch
 from cflow_fast.kernels.phase_weights import operand_dtype
@@ -191,13 +191,14 @@ def test_split_sums_are_the_same_from_run_to_run() -> None:
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(("log_dets", "norms"), [(1, 1), (20, 3), (15, 17)])
-def test_reduction_adds_up_log_det_and_norm(log_dets: int, norms: int) -> None:
+@pytest.mark.parametrize(("log_dets", "norms"), [(1, 1), (20, 3), (15, 17), (150, 20)])
+@pytest.mark.parametrize("config", [ReductionConfig(16, 32), select_reduction(1), select_reduction(1 << 15)], ids=str)
+def test_reduction_adds_up_log_det_and_norm(config: ReductionConfig, log_dets: int, norms: int) -> None:
     torch.manual_seed(0)
     sums = torch.randn(log_dets + norms, PADDED)
     log_prob, log_det = torch.full((2, ROWS), torch.nan)
     with guarded() as guard:
-        reduction_launch(sums, log_dets, 2.5, 150, log_prob, log_det, ReductionConfig(16, 32)).run()
+        reduction_launch(sums, log_dets, 2.5, 150, log_prob, log_det, config).run()
     guard.written_once(log_prob, log_det)
     exact = sums[:, :ROWS].double()
     expected = 2.5 + exact[:log_dets].sum(0)

@@ -23,6 +23,7 @@ from kernel_guards import guarded
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
+from cflow_fast import folding
 from cflow_fast.folding import fold_weights
 from cflow_fast.kernels import anomaly_map, anomaly_tail, phases, triton_flow, whole_flow
 from cflow_fast.kernels.chip import Chip
@@ -50,10 +51,13 @@ def tail_is_right() -> None:
         torch.testing.assert_close(score, expected_score, rtol=0, atol=1e-6)
 
 
-def folded(permute_soft: bool, features: int) -> tuple[FlowWeights, Tensor, Tensor]:
+def folded(permute_soft: bool, features: int, matrices: int | None = None) -> tuple[FlowWeights, Tensor, Tensor]:
     """Weights, maps of 70 positions, whose tiles end inside of a line, and what the twin says about them."""
-    decoder = rough_decoder(features, 8, permute_soft=permute_soft, coupling_blocks=2)
-    weights = fold_weights(decoder, torch.float32)
+    decoder = rough_decoder(features, 8, permute_soft=permute_soft, coupling_blocks=matrices or 2)
+    with pytest.MonkeyPatch.context() as patch:
+        if matrices:
+            patch.setattr(folding, "matrix_blocks", lambda *_: matrices)
+        weights = fold_weights(decoder, torch.float32)
     maps = torch.randn(2, features, 5, 7, generator=torch.Generator().manual_seed(1))
     return weights, maps, TorchFlow(weights, torch.float32, packed=False).log_prob_map(maps, encoding_factors(8, 5, 7))
 
@@ -68,9 +72,11 @@ def whole_flow_is_right(permute_soft: bool) -> None:
     torch.testing.assert_close(log_prob, expected, rtol=3e-6, atol=3e-6 * 21)
 
 
-def phases_are_right(permute_soft: bool, precision: str = "ieee", merged: bool = False) -> None:
+def phases_are_right(
+    permute_soft: bool, precision: str = "ieee", merged: bool = False, matrices: int | None = None
+) -> None:
     """Two splits of every product."""
-    weights, maps, expected = folded(permute_soft, 41)
+    weights, maps, expected = folded(permute_soft, 41, matrices)
     with guarded() as guard, pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_flow, "is_merged", lambda *_: merged)
         log_prob = triton_flow.TritonFlow(weights, precision).log_prob_map(maps, encoding_factors(8, 5, 7))
@@ -85,6 +91,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "phases, soft": partial(phases_are_right, True),
     "phases, hard": partial(phases_are_right, False),
     "phases, merged": partial(phases_are_right, True, merged=True),
+    "phases, merged matrices": partial(phases_are_right, True, merged=True, matrices=3),
     "phases, soft, tf32x3": partial(phases_are_right, True, "tf32x3"),
     "phases, soft, fp16x3": partial(phases_are_right, True, "fp16x3"),
     "phases, hard, fp16x3": partial(phases_are_right, False, "fp16x3"),

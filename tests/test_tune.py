@@ -94,13 +94,22 @@ def test_candidates_are_tried_once_each_however_many_decoders_share_a_problem() 
 
 
 def test_what_will_be_measured_is_what_can_be_compiled_beforehand() -> None:
-    timer = StubTimer()
-    measured(timer)
+    """Alone and, for what has a choice of ways, side by side."""
+    target, together = replace(WIDE, features=1024, height=16, width=16), set()
 
     def name(launch: Launch) -> tuple[object, ...]:
         return launch.kernel.__name__, tuple(sorted(launch.constexprs.items(), key=str))
 
-    assert {name(launch) for launch in timer.launched} <= {name(launch) for launch in candidate_launches([WIDE], CHIP)}
+    def in_place(group: Sequence[Target], chosen: Mapping[Problem, Config]) -> float:
+        with tuning.trying(chosen):
+            together.update(name(launch) for target in group for launch in target.all_launches(CHIP))
+        return 1e-4
+
+    timer = StubTimer(in_place=in_place)
+    measured(timer, target, shipped=tuning.shipped_table(CHIP))
+    compiled = {name(launch) for launch in candidate_launches([target], CHIP)}
+    assert any(dict(constexprs).get("EPILOGUE") == "offset" for _, constexprs in together), "both ways"
+    assert {name(launch) for launch in timer.launched} | together <= compiled
 
 
 def usual_the_other_way(target: Target = WIDE) -> dict[Problem, Config | None]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -73,40 +76,87 @@ def test_merged_decoders_stay_in_bounds_and_depend_on_nothing_unwritten(mixing: 
 
 
 @pytest.mark.parametrize("mixing", ["matrices", "rotations"])
-def test_merged_bf16_loses_no_more_than_launches_of_their_own(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2 x 64 positions, root mean square: 0.8 to 1.3 of it with 64 to 1024 features and eight blocks."""
+def test_merged_bf16_loses_about_what_launches_of_their_own_do(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root mean square. Between the two there is no more than both lose, if they have nothing in common."""
     monkeypatch.setattr(phases, "select_linear", lambda *_, **__: LinearConfig(128, 128, 64, 4, 2))
     monkeypatch.setattr(phases, "select_coupling", lambda *_: CouplingConfig(128, 64, 64, 4, 2))
-    errors = dict.fromkeys((False, True), 0.0)
+    errors, between = dict.fromkeys((False, True), 0.0), 0.0
     for seed in range(3):
         torch.manual_seed(seed)
         flows = Flows(mixing, "bf16", 128, seed=seed)
         maps = flows.maps(2, 8, 8)
         exact = flows.exact.log_prob_map(maps.double(), flows.encoding(maps))
+        found = {}
         for merges in errors:
             merging(monkeypatch, merges)
-            errors[merges] += float((flows.log_prob(maps) - exact).square().sum())
+            found[merges] = flows.log_prob(maps)
+            errors[merges] += float((found[merges] - exact).square().sum())
+        between += float((found[True] - found[False]).square().sum())
     assert errors[True] < 1.3**2 * errors[False]
+    assert between < 1.1 * sum(errors.values())
 
 
-def test_chunks_may_be_merged_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """36 positions: chunks of 24 are not, what is left over is."""
+@pytest.mark.parametrize("few", [35, 36], ids=["not merged", "merged"])
+def test_all_chunks_of_a_call_are_merged_or_none(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 positions, of which what is left over by chunks of 24 are few."""
+    monkeypatch.setattr(triton_flow, "is_merged", lambda prepared, rows, chip: rows <= few)
     flows = Flows("rotations", features=64)
     maps, (z, c) = flows.maps(3, 3, 4), flows.rows(36)
-    expected, expected_rows = flows.log_prob(maps), flows.triton.rows(z, c, want_u=True)
-    monkeypatch.setattr(triton_flow, "is_merged", lambda prepared, rows, chip: rows < 24)
+    expected = flows.log_prob(maps), *flows.triton.rows(z, c, want_u=True)
+    assert ("merged" in flows.triton.made) == (few == 36)
     monkeypatch.setattr(triton_flow, "CHUNK_ROWS", 24)
-    tolerances = {"rtol": 1e-5, "atol": 1e-4}
-    torch.testing.assert_close(flows.log_prob(maps), expected, **tolerances)
-    for ours, whole in zip(flows.triton.rows(z, c, want_u=True), expected_rows, strict=True):
-        torch.testing.assert_close(ours, whole, **tolerances)
+    for ours, whole in zip((flows.log_prob(maps), *flows.triton.rows(z, c, want_u=True)), expected, strict=True):
+        assert torch.equal(ours, whole)
+
+
+def test_nothing_is_merged_inside_somebodys_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made there is only there after a replay, and would be kept for other calls."""
+    flows = Flows("matrices", features=64)
+    maps, rows = flows.maps(1, 2, 2), flows.rows(3)
+    merging(monkeypatch, False)
+    expected = flows.log_prob(maps), flows.triton.rows(*rows, want_u=True)
+    merging(monkeypatch, True)
+    with monkeypatch.context() as capture:
+        capture.setattr(triton_flow, "in_capture", lambda device: True)
+        assert torch.equal(flows.log_prob(maps), expected[0])
+        assert torch.equal(flows.triton.rows(*rows, want_u=True).u, expected[1].u)
+        assert "merged" not in flows.triton.made
+        flows.triton.merged  # noqa: B018  as a warm-up of rows leaves it
+        assert torch.equal(flows.log_prob(maps), expected[0]), "there are no tables yet"
+        assert not torch.equal(flows.triton.rows(*rows, want_u=True).u, expected[1].u)
+    assert not torch.equal(flows.log_prob(maps), expected[0])
+    with monkeypatch.context() as capture:
+        capture.setattr(triton_flow, "in_capture", lambda device: True)
+        assert not torch.equal(flows.log_prob(maps), expected[0])
+
+
+def test_threads_make_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that one of them captures reads what it made, and keeps nothing alive."""
+    flows = Flows("matrices", features=64)
+    made, both_ask = [], threading.Barrier(2)
+
+    def slowly(prepared: PhaseWeights) -> PhaseWeights:
+        time.sleep(0.05)
+        made.append(merge(prepared))
+        return made[-1]
+
+    monkeypatch.setattr(triton_flow, "merge", slowly)
+
+    def ask() -> PhaseWeights:
+        both_ask.wait()
+        return flows.triton.merged
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [future.result() for future in [threads.submit(ask) for _ in range(2)]]
+    assert len(made) == 1
+    assert found[0] is found[1] is made[0]
 
 
 def test_rows_that_are_not_merged_keep_no_second_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     merging(monkeypatch, False)
     flows = Flows("matrices", features=64, coupling_blocks=2)
     flows.log_prob(flows.maps(1, 2, 2))
-    assert "merged" not in vars(flows.triton)
+    assert set(flows.triton.made) == {"prepared"}
 
 
 def test_other_matrices_are_shared() -> None:
@@ -116,13 +166,16 @@ def test_other_matrices_are_shared() -> None:
     assert [tuple(w1.shape) for w1 in merged.w1] == [(320, 64), *[(320 + 128, 128)] * 7]
 
 
-@pytest.mark.parametrize(("features", "few", "many"), [(512, 1024, 4096), (1024, 1024, 2048), (2048, 256, 512)])
+@pytest.mark.parametrize(
+    ("features", "few", "many"), [(256, 4096, 8192), (512, 1024, 4096), (1024, 1024, 2048), (2048, 256, 512)]
+)
 def test_few_rows_are_merged(features: int, few: int, many: int) -> None:
     """WideResNet-50's of one image at 256 px, and the two coarser ones at 512 px."""
     prepared = PhaseWeights.prepare(specimen_weights(features, True, torch.bfloat16), "bf16")
     assert is_merged(prepared, few, Chip())
     assert not is_merged(prepared, many, Chip())
-    assert not is_merged(prepared, few, Chip((8, 0))), "nothing is predicted of it"
+    for card in (Chip((8, 0)), Chip((10, 0)), Chip(multiprocessors=16)):
+        assert not is_merged(prepared, few, card), "nothing is predicted of it, or it has less"
     assert not is_merged(replace(prepared, soft=None), few, Chip())
 
 
