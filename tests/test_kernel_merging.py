@@ -52,15 +52,7 @@ def test_merged_rows_and_their_u_agree_with_float64(
     precision: str, condition: int, activation: str, mixing: str
 ) -> None:
     flows = Flows(mixing, precision, 41, condition, activation=activation)
-    z, c = flows.rows(37)
-    ours, exact = flows.triton.rows(z, c, want_u=True), flows.exact_rows(z, c)
-    tolerance = TOLERANCES[precision]
-    assert (ours.log_prob - exact.log_prob).abs().max() / flows.features < tolerance
-    assert (ours.log_det - exact.log_det).abs().max() / flows.features < tolerance
-    assert ours.u is not None
-    assert exact.u is not None
-    assert (ours.u - exact.u).abs().max() < 5 * tolerance
-    assert torch.equal(flows.triton.rows(z, c, want_u=False).log_prob, ours.log_prob)
+    flows.check_rows(TOLERANCES[precision])
 
 
 @each_soft_mixing

@@ -55,15 +55,7 @@ def test_rows_with_a_condition_of_their_own_agree_with_float64(
     precision: str, condition: int, activation: str, mixing: str
 ) -> None:
     flows = Flows(mixing, precision, condition=condition, activation=activation, coupling_blocks=2)
-    z, c = flows.rows(37)
-    ours, exact = flows.triton.rows(z, c, want_u=True), flows.exact_rows(z, c)
-    tolerance = TOLERANCES[precision]
-    assert (ours.log_prob - exact.log_prob).abs().max() / flows.features < tolerance
-    assert (ours.log_det - exact.log_det).abs().max() / flows.features < tolerance
-    assert ours.u is not None
-    assert exact.u is not None
-    assert (ours.u - exact.u).abs().max() < 5 * tolerance
-    assert torch.equal(flows.triton.rows(z, c, want_u=False).log_prob, ours.log_prob)
+    flows.check_rows(TOLERANCES[precision])
 
 
 @pytest.mark.parametrize("mixing", ["hard", "rotations"])

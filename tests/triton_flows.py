@@ -68,3 +68,14 @@ class Flows:
 
     def exact_rows(self, z: Tensor, c: Tensor | None) -> FlowResult:
         return self.exact.rows(z.double(), None if c is None else c.double(), want_u=True)
+
+    def check_rows(self, tolerance: float) -> None:
+        """Loose rows agree with float64, u too, and do not depend on whether it is wanted."""
+        z, c = self.rows(37)
+        ours, exact = self.triton.rows(z, c, want_u=True), self.exact_rows(z, c)
+        assert (ours.log_prob - exact.log_prob).abs().max() / self.features < tolerance
+        assert (ours.log_det - exact.log_det).abs().max() / self.features < tolerance
+        assert ours.u is not None
+        assert exact.u is not None
+        assert (ours.u - exact.u).abs().max() < 5 * tolerance
+        assert torch.equal(self.triton.rows(z, c, want_u=False).log_prob, ours.log_prob)
