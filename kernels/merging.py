@@ -12,7 +12,7 @@ In bf16 that loses on average as much as launches of their own: a product of two
 but x1' no longer on its way to the hidden layer. It is rounded otherwise, though: what one image has alone and among
 many differs by as much as either does from float64.
 
-Merged weights stand beside the others, w2 is shared: 10, 36 and 138 MB on 14, 49 and 182 at D = 512, 1024 and 2048.
+Merged weights stand beside the others, w2 is shared: 10, 35 and 133 MB on 15, 51 and 187 at D = 512, 1024 and 2048.
 """
 
 from __future__ import annotations

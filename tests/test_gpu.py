@@ -228,6 +228,7 @@ def test_wide_decoders_give_the_same_bits_from_run_to_run(permute_soft: bool, pr
             assert torch.equal(folded.log_prob(x), first)
 
 
+@pytest.mark.usefixtures("tuning_cache")
 def test_few_rows_are_the_decoder_that_many_are() -> None:
     """Where few merge a permutation with the next first layer: by no more than bf16 loses."""
     folded = decoder(512, permute_soft=True).fold("bf16")
